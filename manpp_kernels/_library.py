@@ -1,0 +1,56 @@
+"""The operator namespace ``torch.ops.manpp_kernels`` and the compiled library behind it.
+
+A schema is defined here once, in Python, so that the operators exist where nothing was compiled. The dispatcher then
+picks an implementation by the device of the tensors: the compiled library registers itself for CPU and CUDA when it
+loads, Triton stands in on CUDA where the library was built without it, and plain PyTorch serves every other device.
+
+Each operator also has the overloads ``.eager`` and ``.triton``, with the same schema, which is how
+:func:`manpp_kernels.use_backend` asks for one implementation by name and how a compiled graph records that choice.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from manpp_kernels import backends
+
+library = torch.library.Library("manpp_kernels", "DEF")  # noqa: TOR901 (lives as long as the package)
+
+
+class Operator:
+    """One operator: its schema, the implementations registered for it, and the choice among them at a call."""
+
+    def __init__(self, name: str, signature: str, *, fake: Callable[..., Any], eager: Callable[..., Any]) -> None:
+        self.name = name
+        for overload in ("", ".eager", ".triton"):
+            library.define(f"{name}{overload}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"manpp_kernels::{name}{overload}", fake, lib=library)
+        for overload in ("", ".eager"):
+            library.impl(f"{name}{overload}", eager, "CompositeExplicitAutograd")
+        library.impl(f"{name}.triton", self._triton, "CompositeExplicitAutograd")
+        if not backends.CUDA_COMPILED and backends.TRITON_INSTALLED:
+            library.impl(name, self._triton, "CUDA")
+        packet = getattr(torch.ops.manpp_kernels, name)
+        self._by_backend = {
+            None: packet.default,
+            "cpu": packet.default,
+            "cuda": packet.default,
+            "triton": packet.triton,
+            "eager": packet.eager,
+        }
+
+    def _triton(self, *args: Any, **kwargs: Any) -> Any:
+        # Imported at the first call: Triton takes most of a second to import, and most sessions never need it.
+        return getattr(importlib.import_module("manpp_kernels.backends.triton"), self.name)(*args, **kwargs)
+
+    def __call__(self, device: torch.device, *args: Any) -> Any:
+        """Run the operator on tensors of ``device``, by the backend in force."""
+        return self._by_backend[backends.override(device)](*args)
+
+    def overloads(self) -> list[torch._ops.OpOverload]:
+        """Every overload, for registering one autograd formula on all of them."""
+        return list(dict.fromkeys(self._by_backend.values()))

@@ -1,0 +1,157 @@
+"""Which backend runs an operator: what is there, what is asked for, and why another cannot run.
+
+==========  =============================================  =====================================================
+backend     runs on                                        what it is
+==========  =============================================  =====================================================
+``cuda``    NVIDIA GPUs, compute capability 8.0 and up     csrc/cuda, compiled by nvcc
+``triton``  NVIDIA and AMD GPUs; the CPU, interpreted      the same operators where no compiler is installed
+``cpu``     x86-64 and Arm                                 csrc/cpu, vectorised, on libtorch's thread pool
+``eager``   every device PyTorch has                       plain PyTorch, the readable reference
+==========  =============================================  =====================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "eager")
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _load_compiled() -> tuple[bool, bool, str]:
+    """Load the compiled operators; returns (has CPU, has CUDA, why not)."""
+    try:
+        from manpp_kernels import _C
+    except ImportError as error:
+        return False, False, str(error)
+    return True, bool(_C.cuda_architectures()), ""
+
+
+CPU_COMPILED, CUDA_COMPILED, LOAD_ERROR = _load_compiled()
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, by its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(backend: str) -> str:
+    """Why ``backend`` cannot run here, in one sentence; an empty string where it can."""
+    if backend not in BACKENDS:
+        return f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}"
+    return _REASONS[backend]()
+
+
+def _why_not_cuda() -> str:
+    if not CPU_COMPILED:
+        return _why_not_cpu()
+    if not CUDA_COMPILED:
+        return "the compiled library was built without CUDA; install nvcc and reinstall with MANPP_CUDA=on"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    return ""
+
+
+def _why_not_triton() -> str:
+    if not TRITON_INSTALLED:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not triton_interpreted():
+        return (
+            "PyTorch sees no GPU; set TRITON_INTERPRET=1 before the first import of triton to interpret it on the CPU"
+        )
+    return ""
+
+
+def _why_not_cpu() -> str:
+    if not CPU_COMPILED:
+        return (
+            f"the compiled library did not load ({LOAD_ERROR}); reinstall manpp-kernels where a C++ compiler is found"
+        )
+    return ""
+
+
+_REASONS = {"cuda": _why_not_cuda, "triton": _why_not_triton, "cpu": _why_not_cpu, "eager": lambda: ""}
+
+
+def available() -> list[str]:
+    """The backends that can run here, fastest first."""
+    return [name for name in BACKENDS if not why_not(name)]
+
+
+def _checked(backend: str, source: str) -> str:
+    reason = why_not(backend)
+    if reason:
+        kind = RuntimeError if backend in BACKENDS else ValueError
+        raise kind(f"{source}: backend {backend!r} cannot run: {reason}")
+    return backend
+
+
+# One choice for the whole process, not for a thread: the backward pass runs on threads of autograd's own, and has to
+# see the same backend as the forward pass did.
+_override: str | None = None
+_environment_checked = False
+
+
+def _from_environment() -> None:
+    # Read at the first operator call rather than at import, so that a wrong value is an error where it matters and
+    # `manpp doctor` can still start and explain it.
+    global _override, _environment_checked
+    _environment_checked = True
+    asked = os.environ.get("MANPP_BACKEND", "")
+    if asked and _override is None:
+        try:
+            _override = _checked(asked, "MANPP_BACKEND")
+        except Exception:
+            _environment_checked = False
+            raise
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every operator inside the ``with`` block on one backend, in the whole process.
+
+    Args:
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``. Takes precedence over the environment variable
+            ``MANPP_BACKEND``, which chooses a backend for a whole run.
+
+    Raises:
+        ValueError: there is no backend of this name.
+        RuntimeError: this backend cannot run here; the message says why.
+    """
+    global _override
+    _checked(backend, "use_backend")
+    before = _override
+    _override = backend
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def override(device: torch.device) -> str | None:
+    """The backend asked for, checked against ``device``; None to let the dispatcher pick by device."""
+    if not _environment_checked:
+        _from_environment()
+    if _override in ("cpu", "cuda") and device.type != _override:
+        raise RuntimeError(f"backend {_override!r} was asked for, and the tensors are on {device}")
+    if _override == "triton" and device.type == "cpu" and not triton_interpreted():
+        raise RuntimeError("backend 'triton' was asked for, and the tensors are on cpu: it needs TRITON_INTERPRET=1")
+    return _override
+
+
+def selected(device: torch.device) -> str:
+    """The name of the backend that an operator called now on ``device`` runs on."""
+    asked = override(device)
+    if asked is not None:
+        return asked
+    if device.type == "cpu":
+        return "cpu" if CPU_COMPILED else "eager"
+    if device.type == "cuda":
+        return "cuda" if CUDA_COMPILED else "triton" if TRITON_INSTALLED else "eager"
+    return "eager"

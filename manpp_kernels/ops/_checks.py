@@ -1,0 +1,151 @@
+"""What the operators demand of their arguments, checked before anything is written.
+
+Each message names the argument, its index in the list, and what was found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+ROUNDINGS = ("nearest", "stochastic")
+EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensors(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> None:
+    """Every entry is a dense tensor of a floating dtype; with ``like``, pairwise of the same shape and device."""
+    if like is not None and len(tensors) != len(like):
+        raise ValueError(f"{name} has {len(tensors)} tensors and ema has {len(like)}; they go in pairs")
+    for i, t in enumerate(tensors):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}[{i}] has to be a tensor, and is {type(t).__name__}")
+        if t.dtype not in EMA_DTYPES:
+            raise TypeError(f"{name}[{i}] has to be float64, float32, bfloat16 or float16, and is {t.dtype}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}[{i}] has to be a dense tensor, and its layout is {t.layout}")
+        if like is not None:
+            if t.shape != like[i].shape:
+                raise ValueError(f"{name}[{i}] has the shape {tuple(t.shape)}, ema[{i}] {tuple(like[i].shape)}")
+            if t.device != like[i].device:
+                raise ValueError(f"{name}[{i}] is on {t.device}, ema[{i}] on {like[i].device}")
+
+
+def check_momentum(momentum: float | Tensor, device: torch.device) -> None:
+    """A number in [0, 1], or a 0-dim floating tensor on ``device`` (whose value stays on the device, unread)."""
+    if isinstance(momentum, Tensor):
+        if momentum.dim() != 0:
+            raise ValueError(f"momentum as a tensor has to be 0-dim, and has the shape {tuple(momentum.shape)}")
+        if momentum.dtype not in EMA_DTYPES:
+            raise TypeError(f"momentum as a tensor has to be of a floating dtype, and is {momentum.dtype}")
+        if momentum.device != device:
+            raise ValueError(f"momentum is on {momentum.device}, ema on {device}; pass a float or move it")
+    elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
+        raise TypeError(f"momentum has to be a float or a 0-dim tensor, and is {type(momentum).__name__}")
+    elif not 0.0 <= momentum <= 1.0:  # False for NaN too
+        raise ValueError(f"momentum has to lie in [0, 1], and is {momentum}")
+
+
+def check_scale(
+    scale: Tensor | None, bias: Sequence[Tensor] | None, groups: Sequence[int] | None, total: float, count: int
+) -> None:
+    """``scale`` and ``bias`` come together; every group is an index into ``scale``."""
+    if (scale is None) != (bias is None):
+        missing = "bias" if bias is None else "scale"
+        raise ValueError(f"scale and bias come together, and {missing} is missing")
+    if not math.isfinite(total):
+        raise ValueError(f"total has to be finite, and is {total}")
+    if scale is None:
+        if groups is not None:
+            raise ValueError("groups say which entry of scale a tensor takes, and there is no scale")
+        return
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"scale has to be a tensor, and is {type(scale).__name__}")
+    if scale.dtype not in EMA_DTYPES:
+        raise TypeError(f"scale has to be of a floating dtype, and is {scale.dtype}")
+    if scale.dim() > 1:
+        raise ValueError(f"scale has to be 0-dim or one entry per group, and has the shape {tuple(scale.shape)}")
+    if groups is None:
+        if scale.numel() != 1:
+            raise ValueError(f"scale has {scale.numel()} entries, so groups has to say which one each tensor takes")
+        return
+    if len(groups) != count:
+        raise ValueError(f"groups has {len(groups)} entries and ema has {count}; they go in pairs")
+    for i, group in enumerate(groups):
+        if not isinstance(group, int) or isinstance(group, bool):
+            raise TypeError(f"groups[{i}] has to be an int, and is {type(group).__name__}")
+        if not 0 <= group < scale.numel():
+            raise IndexError(f"groups[{i}] is {group}, and scale has {scale.numel()} entries")
+
+
+def check_writable(ema: Sequence[Tensor]) -> None:
+    """In-place writing is allowed: no entry requires grad while gradients are recorded."""
+    if torch.is_grad_enabled():
+        for i, t in enumerate(ema):
+            if t.requires_grad:
+                raise RuntimeError(
+                    f"ema[{i}] requires grad and would be written in place; call under torch.no_grad(), or keep the "
+                    "EMA in tensors that do not require grad"
+                )
+
+
+Named = tuple[str, int, Tensor]
+
+
+def _extent(t: Tensor) -> int:
+    """How many bytes of memory lie between the first and past the last element of ``t``."""
+    if t.is_contiguous():
+        return t.numel() * t.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size()
+
+
+def _bytes_of(t: Tensor, start: int, end: int) -> Tensor:
+    """A mask over the bytes [start, end): those that belong to ``t``."""
+    mask = torch.zeros(end - start, dtype=torch.bool)
+    size = t.element_size()
+    stride = [s * size for s in t.stride()] + [1]
+    mask.as_strided([*t.shape, size], stride, t.data_ptr() - start).fill_(True)
+    return mask
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    start = min(a.data_ptr(), b.data_ptr())
+    end = max(a.data_ptr() + _extent(a), b.data_ptr() + _extent(b))
+    return bool((_bytes_of(a, start, end) & _bytes_of(b, start, end)).any())
+
+
+def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
+    """No written tensor shares memory with another written one, with itself, or with one that is read."""
+    spans = []
+    for is_written, named in ((True, written), (False, read)):
+        for name, i, t in named:
+            if t.numel():
+                if is_written and not t.is_contiguous():
+                    _check_no_internal_overlap(name, i, t)
+                start = t.data_ptr()
+                spans.append((start, start + _extent(t), is_written, name, i, t))
+    spans.sort(key=lambda span: span[0])
+    live: list[tuple[int, int, bool, str, int, Tensor]] = []  # spans that reach past the one at hand
+    for span in spans:
+        live = [other for other in live if other[1] > span[0]]
+        for other in live:
+            # Spans may interleave without sharing a byte (two columns of one matrix): only then look at every byte.
+            if (span[2] or other[2]) and _overlap(span[5], other[5]):
+                first, second = (span, other) if span[2] else (other, span)
+                raise ValueError(f"{first[3]}[{first[4]}] overlaps {second[3]}[{second[4]}] in memory")
+        live.append(span)
+
+
+def _check_no_internal_overlap(name: str, i: int, t: Tensor) -> None:
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                raise ValueError(
+                    f"{name}[{i}] has elements that share memory (strides {t.stride()} for the shape "
+                    f"{tuple(t.shape)}); pass a .clone()"
+                )
+            reach += (size - 1) * stride

@@ -1,0 +1,277 @@
+"""``ema_scale_update``: the EMA of many parameters, and with it the effective weights of MAN++ (arXiv 2507.16279)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from manpp_kernels._library import Operator
+from manpp_kernels.backends import eager
+from manpp_kernels.ops import _checks
+
+
+def _fake(*args: Any) -> None:
+    return None
+
+
+# The effective weights are written into `out` (empty where none are asked for) rather than returned: PyTorch can
+# functionalise, and so compile, an operator that writes into lists of tensors, not one that also returns a list.
+# `momentum_tensor`, where given, stands in for `momentum`; `seed` (int64, 0-dim) switches stochastic rounding on.
+_update = Operator(
+    "ema_scale_update",
+    "(Tensor(a!)[] ema, Tensor[] params, float momentum, Tensor? momentum_tensor, Tensor? scale, Tensor[] bias,"
+    " int[] groups, float total, Tensor? seed, Tensor(b!)[] out) -> ()",
+    fake=_fake,
+    eager=eager.ema_scale_update,
+)
+_update_backward = Operator(
+    "ema_scale_update_backward",
+    "(Tensor[] grad, Tensor[] bias, Tensor[] ema, Tensor scale, int[] groups, float total,"
+    " Tensor(a!)[] grad_bias, Tensor(b!)? grad_scale) -> ()",
+    fake=_fake,
+    eager=eager.ema_scale_update_backward,
+)
+
+
+class _EffectiveWeights(torch.autograd.Function):
+    """Gives weights that were computed already their place in the graph: w = scale bias + (total - scale) ema."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scale: Tensor, groups: list[int], total: float, count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        bias, ema, out = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        need_bias = any(ctx.needs_input_grad[4 : 4 + count])
+        need_scale = ctx.needs_input_grad[0]
+        # bias and ema are read for the gradient of scale alone, scale for that of bias.
+        ctx.save_for_backward(scale, *(bias + ema if need_scale else ()))
+        ctx.groups, ctx.total, ctx.count = groups, total, count
+        ctx.need_bias, ctx.need_scale = need_bias, need_scale
+        ctx.bias_dtypes = [b.dtype for b in bias]
+        return tuple(w.view_as(w) for w in out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        scale, *saved = ctx.saved_tensors
+        count = ctx.count
+        bias, ema = saved[:count], saved[count:]
+        differentiable = torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in (*grads, scale))
+        if differentiable:
+            grad_scale, grad_bias = _differentiable_backward(ctx, scale, bias, ema, grads)
+        else:
+            grad_scale, grad_bias = _fused_backward(ctx, scale, bias, ema, grads)
+        return (grad_scale, None, None, None, *grad_bias, *([None] * (2 * count)))
+
+
+def _fused_backward(
+    ctx: Any, scale: Tensor, bias: list[Tensor], ema: list[Tensor], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    used = [i for i, g in enumerate(grads) if g is not None]
+    grad = [g for g in grads if g is not None]
+    grad_bias = [torch.empty_like(g, dtype=ctx.bias_dtypes[i]) for i, g in zip(used, grad, strict=True)]
+    grad_scale = torch.zeros_like(scale) if ctx.need_scale else None
+    _update_backward(
+        scale.device,
+        grad,
+        [bias[i] for i in used] if ctx.need_scale else [],
+        [ema[i] for i in used] if ctx.need_scale else [],
+        scale,
+        [ctx.groups[i] for i in used] if ctx.groups else [],
+        ctx.total,
+        grad_bias if ctx.need_bias else [],
+        grad_scale,
+    )
+    by_index: list[Tensor | None] = [None] * ctx.count
+    if ctx.need_bias:
+        for i, g in zip(used, grad_bias, strict=True):
+            by_index[i] = g
+    return grad_scale, by_index
+
+
+def _differentiable_backward(
+    ctx: Any, scale: Tensor, bias: list[Tensor], ema: list[Tensor], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The same in plain PyTorch, so that the gradients can be differentiated again (gradient penalties, checks)."""
+    flat = scale.reshape(-1)
+    grad_scale = torch.zeros_like(flat) if ctx.need_scale else None
+    grad_bias: list[Tensor | None] = [None] * ctx.count
+    for i, g in enumerate(grads):
+        if g is None:
+            continue
+        group = ctx.groups[i] if ctx.groups else 0
+        if ctx.need_bias:
+            grad_bias[i] = (flat[group] * g).to(ctx.bias_dtypes[i])
+        if grad_scale is not None:
+            share = (g * (bias[i] - ema[i])).sum().to(scale.dtype)
+            grad_scale = grad_scale.index_add(0, torch.tensor([group], device=scale.device), share.reshape(1))
+    return None if grad_scale is None else grad_scale.view(scale.shape), grad_bias
+
+
+def attach_effective_weights(
+    out: list[Tensor], scale: Tensor, bias: list[Tensor], ema: list[Tensor], groups: list[int], total: float
+) -> list[Tensor]:
+    """``out``, holding scale bias + (total - scale) ema already, as differentiable functions of scale and bias."""
+    if not torch.is_grad_enabled() or not (scale.requires_grad or any(b.requires_grad for b in bias)):
+        return out
+    ema = [e.detach() for e in ema]
+    return list(_EffectiveWeights.apply(scale, groups, total, len(bias), *bias, *ema, *out))
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed for stochastic rounding, from the device's default generator: reproducible under torch.manual_seed."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+Rounding = Literal["nearest", "stochastic"]
+
+
+@overload
+def ema_scale_update(
+    ema: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor],
+    momentum: float | Tensor,
+    *,
+    rounding: Rounding = "nearest",
+) -> None: ...
+@overload
+def ema_scale_update(
+    ema: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor],
+    momentum: float | Tensor,
+    *,
+    scale: Tensor,
+    bias: Tensor | Sequence[Tensor],
+    groups: Sequence[int] | None = None,
+    total: float = 2.0,
+    rounding: Rounding = "nearest",
+) -> list[Tensor]: ...
+def ema_scale_update(
+    ema: Tensor | Sequence[Tensor],
+    params: Tensor | Sequence[Tensor],
+    momentum: float | Tensor,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | Sequence[Tensor] | None = None,
+    groups: Sequence[int] | None = None,
+    total: float = 2.0,
+    rounding: Rounding = "nearest",
+) -> list[Tensor] | None:
+    """Move an exponential moving average one step, in place: ``ema = momentum * ema + (1 - momentum) * params``.
+
+    The EMA parameter copy of MAN (ECCV 2024) and MAN++ (arXiv 2507.16279), for any number of tensors in one launch.
+    With ``scale`` and ``bias`` the same pass also yields the effective weights of MAN++'s parameter form,
+    ``w[i] = scale[g] * bias[i] + (total - scale[g]) * ema[i]``, from the EMA as just stored, with ``g = groups[i]``.
+
+    The update is outside autograd. The effective weights are differentiable in ``scale`` and ``bias`` (twice), not in
+    ``ema`` or ``params``. Arithmetic is in float32, in float64 for a pair (or triple) that has a float64 tensor.
+
+    Args:
+        ema: a tensor or a sequence of tensors of float64, float32, bfloat16 or float16; written in place.
+        params: pairwise of the same shape and device; any of the four dtypes, which may differ from ema's.
+        momentum: a float in [0, 1], or a 0-dim floating tensor on ema's device, whose value is read on the device
+            alone (for schedules under CUDA graphs) and therefore not checked.
+        scale: 0-dim, or one entry per group, on ema's device. Comes together with ``bias``.
+        bias: pairwise of the same shape and device as ema. Comes together with ``scale``.
+        groups: for each tensor the entry of ``scale`` that it takes; may be left away where scale has one entry.
+        total: what the two coefficients sum to; 2 as published.
+        rounding: how bfloat16 and float16 EMAs are stored. ``"stochastic"`` rounds up or down at random with the odds
+            that make the mean exact, reproducible under :func:`torch.manual_seed`. With ``"nearest"`` a bfloat16 EMA
+            of a high momentum stops moving once its steps are smaller than half its resolution.
+
+    Returns:
+        None, or with ``scale`` and ``bias`` the effective weights, a list of tensors like ``bias``.
+
+    Raises:
+        TypeError: an entry is not a dense floating tensor, or momentum not a number.
+        ValueError: lists of different length; shapes or devices that differ; momentum outside [0, 1] or NaN; scale
+            without bias or bias without scale; an ema that overlaps params, bias or another ema in memory; an unknown
+            rounding.
+        IndexError: a group out of range.
+        RuntimeError: an ema that requires grad while gradients are recorded.
+
+        All of them are raised before anything is written, and name the argument, the index and what was found.
+    """
+    ema = [ema] if isinstance(ema, Tensor) else list(ema)
+    params = [params] if isinstance(params, Tensor) else list(params)
+    biases = [bias] if isinstance(bias, Tensor) else None if bias is None else list(bias)
+    check_arguments(ema, params, momentum, scale, biases, groups, total, rounding)
+    out = None if biases is None else [torch.empty_like(b.detach()) for b in biases]
+    devices = {e.device for e in ema}
+    for device in devices:
+        chosen = None if len(devices) == 1 else [i for i, e in enumerate(ema) if e.device == device]
+        _update_on(device, chosen, ema, params, momentum, scale, biases, groups, total, rounding, out)
+    if not torch.compiler.is_compiling():
+        # Autograd must know of a write it did not see, or a graph that saved the old EMA would use the new one.
+        torch.autograd.graph.increment_version(ema)
+    if biases is None or out is None or scale is None:
+        return None
+    return attach_effective_weights(out, scale, biases, ema, list(groups or ()), float(total))
+
+
+def check_arguments(
+    ema: list[Tensor],
+    params: list[Tensor],
+    momentum: float | Tensor,
+    scale: Tensor | None,
+    bias: list[Tensor] | None,
+    groups: Sequence[int] | None,
+    total: float,
+    rounding: str,
+) -> None:
+    """Everything that can be wrong with the arguments of :func:`ema_scale_update`."""
+    _checks.check_tensors("ema", ema)
+    _checks.check_tensors("params", params, ema)
+    if bias is not None:
+        _checks.check_tensors("bias", bias, ema)
+    _checks.check_scale(scale, bias, groups, total, len(ema))
+    if rounding not in _checks.ROUNDINGS:
+        raise ValueError(f"rounding has to be one of {', '.join(_checks.ROUNDINGS)}, and is {rounding!r}")
+    devices = {e.device for e in ema}
+    for device in devices:
+        _checks.check_momentum(momentum, device)
+        if scale is not None and scale.device != device:
+            raise ValueError(f"scale is on {scale.device}, and there are ema tensors on {device}")
+    if not devices:
+        _checks.check_momentum(momentum, momentum.device if isinstance(momentum, Tensor) else torch.device("cpu"))
+    _checks.check_writable(ema)
+    if not torch.compiler.is_compiling():
+        read = [("params", i, p) for i, p in enumerate(params)]
+        read += [("bias", i, b) for i, b in enumerate(bias or ())]
+        _checks.check_no_overlap([("ema", i, e) for i, e in enumerate(ema)], read)
+
+
+def _update_on(
+    device: torch.device,
+    chosen: list[int] | None,
+    ema: list[Tensor],
+    params: list[Tensor],
+    momentum: float | Tensor,
+    scale: Tensor | None,
+    bias: list[Tensor] | None,
+    groups: Sequence[int] | None,
+    total: float,
+    rounding: str,
+    out: list[Tensor] | None,
+) -> None:
+    """One launch: the pairs on ``device``, which are those numbered in ``chosen`` (all of them if None)."""
+
+    def pick(values: Any) -> list[Any]:
+        return [] if values is None else list(values) if chosen is None else [values[i] for i in chosen]
+
+    as_tensor = isinstance(momentum, Tensor)
+    _update(
+        device,
+        [e.detach() for e in pick(ema)],
+        [p.detach() for p in pick(params)],
+        0.0 if as_tensor else float(momentum),
+        momentum.detach() if isinstance(momentum, Tensor) else None,
+        None if scale is None else scale.detach(),
+        [b.detach() for b in pick(bias)],
+        pick(groups),
+        float(total),
+        draw_seed(device) if rounding == "stochastic" else None,
+        pick(out),
+    )
