@@ -120,7 +120,8 @@ def ema_scale_update_backward(
     if grad_scale is not None:
         grad_scale.zero_()
     for i, g in enumerate(grad):
-        dtype = _arithmetic_dtype(g, bias[i], ema[i])
+        # bias and ema come only where the gradient of scale is asked for.
+        dtype = _arithmetic_dtype(g, *bias[i : i + 1], *ema[i : i + 1])
         group = groups[i] if groups else 0
         if grad_bias:
             grad_bias[i].copy_(scale.reshape(-1)[group].to(dtype) * g.to(dtype))

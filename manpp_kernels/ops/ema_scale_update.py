@@ -51,6 +51,8 @@ class _EffectiveWeights(torch.autograd.Function):
         ctx.groups, ctx.total, ctx.count = groups, total, count
         ctx.need_bias, ctx.need_scale = need_bias, need_scale
         ctx.bias_dtypes = [b.dtype for b in bias]
+        # Weights that the loss does not use then cost nothing; as zeros they would be read, and written, in full.
+        ctx.set_materialize_grads(False)
         return tuple(w.view_as(w) for w in out)
 
     @staticmethod

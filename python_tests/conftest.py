@@ -1,0 +1,61 @@
+"""What the tests share: the backends that can run here, and the devices they run on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import manpp_kernels
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend and a device it runs on."""
+
+    backend: str
+    device: str
+
+
+def _targets() -> list[Target]:
+    """Every backend on every device it serves here; Triton only on a GPU (its interpreter has tests of its own).
+
+    MANPP_TEST_BACKENDS names the backends that have to be tested, as a comma-separated list: then one that cannot run
+    fails the tests, where otherwise it would be left out of them.
+    """
+    asked = os.environ.get("MANPP_TEST_BACKENDS")
+    backends = asked.split(",") if asked else manpp_kernels.available()
+    targets = []
+    for backend in backends:
+        if backend in ("cpu", "eager"):
+            targets.append(Target(backend, "cpu"))
+        if backend in ("cuda", "triton", "eager") and torch.cuda.is_available():
+            targets.append(Target(backend, "cuda"))
+    return targets
+
+
+TARGETS = [
+    pytest.param(t, id=f"{t.backend}-{t.device}", marks=[pytest.mark.cuda] if t.device == "cuda" else [])
+    for t in _targets()
+]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Run the test once for each backend and device, with the backend in force."""
+    with manpp_kernels.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture(params=[t for t in ("cpu", "cuda") if t == "cpu" or torch.cuda.is_available()])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device there is, with the backend that is picked for it."""
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
