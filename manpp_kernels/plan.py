@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from manpp_kernels.ops import _checks
 from manpp_kernels.ops import ema_scale_update as op
 
 
@@ -28,9 +29,8 @@ class EmaPlan:
         total: float = 2.0,
         rounding: op.Rounding = "nearest",
     ) -> None:
-        self.ema = [ema] if isinstance(ema, Tensor) else list(ema)
-        self.params = [params] if isinstance(params, Tensor) else list(params)
-        self.bias = [bias] if isinstance(bias, Tensor) else None if bias is None else list(bias)
+        self.ema, self.params = _checks.as_list("ema", ema), _checks.as_list("params", params)
+        self.bias = None if bias is None else _checks.as_list("bias", bias)
         self.groups, self.total, self.rounding = groups, total, rounding
 
     @torch.no_grad()

@@ -15,6 +15,15 @@ ROUNDINGS = ("nearest", "stochastic")
 EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def as_list(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """A tensor alone, or any iterable of tensors, as a list."""
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if not isinstance(tensors, Iterable):
+        raise TypeError(f"{name} has to be a tensor or a sequence of tensors, and is {type(tensors).__name__}")
+    return list(tensors)
+
+
 def check_tensors(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> None:
     """Every entry is a dense tensor of a floating dtype; with ``like``, pairwise of the same shape and device."""
     if like is not None and len(tensors) != len(like):
@@ -55,6 +64,8 @@ def check_scale(
     if (scale is None) != (bias is None):
         missing = "bias" if bias is None else "scale"
         raise ValueError(f"scale and bias come together, and {missing} is missing")
+    if isinstance(total, bool) or not isinstance(total, int | float):
+        raise TypeError(f"total has to be a float, and is {type(total).__name__}")
     if not math.isfinite(total):
         raise ValueError(f"total has to be finite, and is {total}")
     if scale is None:

@@ -196,9 +196,8 @@ def ema_scale_update(
 
         All of them are raised before anything is written, and name the argument, the index and what was found.
     """
-    ema = [ema] if isinstance(ema, Tensor) else list(ema)
-    params = [params] if isinstance(params, Tensor) else list(params)
-    biases = [bias] if isinstance(bias, Tensor) else None if bias is None else list(bias)
+    ema, params = _checks.as_list("ema", ema), _checks.as_list("params", params)
+    biases = None if bias is None else _checks.as_list("bias", bias)
     check_arguments(ema, params, momentum, scale, biases, groups, total, rounding)
     out = None if biases is None else [torch.empty_like(b.detach()) for b in biases]
     devices = {e.device for e in ema}

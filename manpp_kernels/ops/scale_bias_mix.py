@@ -101,8 +101,9 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
     """Mix two feature maps by a learnable scale: ``scale * lb_out + (total - scale) * ema_out``.
 
     The published form of MAN++ (arXiv 2507.16279): ``lb_out`` is what the learnable bias makes of a local block's
-    output, ``ema_out`` what the EMA copy of the next unit makes of it. One pass forward; one pass backward, which yields
-    the gradients of both maps and the reduction for ``scale`` together, accumulated in float32, in a fixed order.
+    output, ``ema_out`` what the EMA copy of the next unit makes of it. One pass forward; one pass backward, which
+    yields the gradients of both maps and the reduction for ``scale`` together, accumulated in float32, in a fixed
+    order.
 
     Args:
         lb_out: any shape, any floating dtype.
