@@ -24,17 +24,34 @@ def as_list(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return list(tensors)
 
 
+def check_tensor(name: str, t: Tensor, i: int | None = None) -> None:
+    """A dense tensor of one of the four floating dtypes; ``i`` is its index, if it is one of a list."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{_label(name, i)} has to be a tensor, and is {type(t).__name__}")
+    if t.dtype not in EMA_DTYPES:
+        raise TypeError(f"{_label(name, i)} has to be float64, float32, bfloat16 or float16, and is {t.dtype}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{_label(name, i)} has to be a dense tensor, and its layout is {t.layout}")
+
+
+def _label(name: str, i: int | None) -> str:
+    return name if i is None else f"{name}[{i}]"
+
+
+def check_total(total: float) -> None:
+    """A finite number."""
+    if isinstance(total, bool) or not isinstance(total, int | float):
+        raise TypeError(f"total has to be a float, and is {type(total).__name__}")
+    if not math.isfinite(total):
+        raise ValueError(f"total has to be finite, and is {total}")
+
+
 def check_tensors(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> None:
     """Every entry is a dense tensor of a floating dtype; with ``like``, pairwise of the same shape and device."""
     if like is not None and len(tensors) != len(like):
         raise ValueError(f"{name} has {len(tensors)} tensors and ema has {len(like)}; they go in pairs")
     for i, t in enumerate(tensors):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}[{i}] has to be a tensor, and is {type(t).__name__}")
-        if t.dtype not in EMA_DTYPES:
-            raise TypeError(f"{name}[{i}] has to be float64, float32, bfloat16 or float16, and is {t.dtype}")
-        if t.layout != torch.strided:
-            raise TypeError(f"{name}[{i}] has to be a dense tensor, and its layout is {t.layout}")
+        check_tensor(name, t, i)
         if like is not None:
             if t.shape != like[i].shape:
                 raise ValueError(f"{name}[{i}] has the shape {tuple(t.shape)}, ema[{i}] {tuple(like[i].shape)}")
@@ -47,8 +64,7 @@ def check_momentum(momentum: float | Tensor, device: torch.device) -> None:
     if isinstance(momentum, Tensor):
         if momentum.dim() != 0:
             raise ValueError(f"momentum as a tensor has to be 0-dim, and has the shape {tuple(momentum.shape)}")
-        if momentum.dtype not in EMA_DTYPES:
-            raise TypeError(f"momentum as a tensor has to be of a floating dtype, and is {momentum.dtype}")
+        check_tensor("momentum", momentum)
         if momentum.device != device:
             raise ValueError(f"momentum is on {momentum.device}, ema on {device}; pass a float or move it")
     elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
@@ -64,18 +80,12 @@ def check_scale(
     if (scale is None) != (bias is None):
         missing = "bias" if bias is None else "scale"
         raise ValueError(f"scale and bias come together, and {missing} is missing")
-    if isinstance(total, bool) or not isinstance(total, int | float):
-        raise TypeError(f"total has to be a float, and is {type(total).__name__}")
-    if not math.isfinite(total):
-        raise ValueError(f"total has to be finite, and is {total}")
+    check_total(total)
     if scale is None:
         if groups is not None:
             raise ValueError("groups say which entry of scale a tensor takes, and there is no scale")
         return
-    if not isinstance(scale, Tensor):
-        raise TypeError(f"scale has to be a tensor, and is {type(scale).__name__}")
-    if scale.dtype not in EMA_DTYPES:
-        raise TypeError(f"scale has to be of a floating dtype, and is {scale.dtype}")
+    check_tensor("scale", scale)
     if scale.dim() > 1:
         raise ValueError(f"scale has to be 0-dim or one entry per group, and has the shape {tuple(scale.shape)}")
     if groups is None:

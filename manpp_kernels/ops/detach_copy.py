@@ -7,6 +7,7 @@ from torch import Tensor
 
 from manpp_kernels._library import Operator
 from manpp_kernels.backends import eager
+from manpp_kernels.ops import _checks
 
 
 def _fake(x: Tensor, out: Tensor) -> None:
@@ -38,14 +39,13 @@ def detach_copy(
         ``out``, or a new tensor; it does not require grad.
 
     Raises:
-        TypeError: ``x`` or ``out`` is not a tensor, or is complex.
-        ValueError: ``out`` does not fit ``x``, overlaps it, or comes together with ``dtype`` or ``memory_format``.
+        TypeError: ``x`` or ``out`` is not a dense tensor of a real dtype; ``dtype`` or ``memory_format`` is none.
+        ValueError: ``out`` does not fit ``x``, overlaps it, or comes together with ``dtype`` or ``memory_format``;
+            ``x`` has not the dimensions that ``memory_format`` needs.
         RuntimeError: ``out`` requires grad.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x has to be a tensor, and is {type(x).__name__}")
-    if x.is_complex() or (dtype is not None and dtype.is_complex):
-        raise TypeError(f"detach_copy takes no complex tensors; found {x.dtype if x.is_complex() else dtype}")
+    _check_tensor("x", x)
+    _check_options(x, dtype, memory_format)
     x = x.detach()
     if out is None:
         out = torch.empty_like(
@@ -59,11 +59,37 @@ def detach_copy(
     return out
 
 
+# How many dimensions a tensor has to have to be laid out so; the other formats take any.
+_DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
+
+
+def _check_tensor(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} has to be a tensor, and is {type(t).__name__}")
+    if t.is_complex():
+        raise TypeError(f"{name} has to be of a real dtype, and is {t.dtype}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} has to be a dense tensor, and its layout is {t.layout}")
+
+
+def _check_options(x: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> None:
+    if dtype is not None:
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype has to be a torch.dtype, and is {type(dtype).__name__}")
+        if dtype.is_complex:
+            raise TypeError(f"dtype has to be a real one, and is {dtype}")
+    if memory_format is not None:
+        if not isinstance(memory_format, torch.memory_format):
+            raise TypeError(f"memory_format has to be a torch.memory_format, and is {type(memory_format).__name__}")
+        if x.dim() != _DIMENSIONS.get(memory_format, x.dim()):
+            raise ValueError(
+                f"memory_format {memory_format} needs {_DIMENSIONS[memory_format]} dimensions, and x has the shape "
+                f"{tuple(x.shape)}"
+            )
+
+
 def _check_out(x: Tensor, out: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out has to be a tensor, and is {type(out).__name__}")
-    if out.is_complex():
-        raise TypeError(f"detach_copy takes no complex tensors; out is {out.dtype}")
+    _check_tensor("out", out)
     if dtype is not None or memory_format is not None:
         raise ValueError("out already says the dtype and the memory format; leave dtype and memory_format away")
     if out.shape != x.shape:
@@ -73,6 +99,4 @@ def _check_out(x: Tensor, out: Tensor, dtype: torch.dtype | None, memory_format:
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("out requires grad: a copy into it would not be isolated; pass out.detach()")
     if not torch.compiler.is_compiling():
-        from manpp_kernels.ops import _checks
-
         _checks.check_no_overlap([("out", 0, out)], [("x", 0, x)])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manpp_kernels._library import Operator
 from manpp_kernels.backends import eager
+from manpp_kernels.ops import _checks
 
 
 def _fake(lb_out: Tensor, ema_out: Tensor, scale: Tensor, total: float) -> Tensor:
@@ -106,23 +107,20 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
     order.
 
     Args:
-        lb_out: any shape, any floating dtype.
+        lb_out: any shape, of float64, float32, bfloat16 or float16.
         ema_out: the same shape and device. Of another dtype, both are promoted as PyTorch promotes them.
-        scale: 0-dim, or of shape ``(C,)`` for one entry per channel (dimension 1 of ``lb_out``); any floating dtype.
+        scale: 0-dim, or of shape ``(C,)`` for one entry per channel (dimension 1 of ``lb_out``); any of these dtypes.
         total: what the two coefficients sum to; 2 as published.
 
     Returns:
         A tensor like ``lb_out``. Differentiable in all three tensors, twice.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
-        ValueError: the shapes or devices do not fit.
+        TypeError: an argument is not a dense tensor of these dtypes, or total not a number.
+        ValueError: the shapes or devices do not fit, or total is not finite.
     """
     for name, t in (("lb_out", lb_out), ("ema_out", ema_out), ("scale", scale)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} has to be a tensor, and is {type(t).__name__}")
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"{name} has to be of a floating-point dtype, and is {t.dtype}")
+        _checks.check_tensor(name, t)
         if t.device != lb_out.device:
             raise ValueError(f"{name} is on {t.device}, lb_out on {lb_out.device}")
     if lb_out.shape != ema_out.shape:
@@ -130,6 +128,7 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
     if scale.dim() != 0 and (lb_out.dim() < 2 or scale.shape != lb_out.shape[1:2]):
         channels = f"({lb_out.shape[1]},)" if lb_out.dim() >= 2 else "() only, as lb_out has no dimension 1"
         raise ValueError(f"scale has to be of shape () or {channels}, and has {tuple(scale.shape)}")
+    _checks.check_total(total)
     if lb_out.dtype != ema_out.dtype:
         dtype = torch.promote_types(lb_out.dtype, ema_out.dtype)
         lb_out, ema_out = lb_out.to(dtype), ema_out.to(dtype)

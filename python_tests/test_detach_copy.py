@@ -1,0 +1,192 @@
+"""``detach_copy``: values in every dtype, layout and size, isolation, and errors."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+import pytest
+import torch
+from conftest import Target
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import CHUNK_SIZES, DTYPES, LAYOUTS, SIZES, Sample
+
+from manpp_kernels import detach_copy
+
+SHAPES = [(), (5,), (3, 7), (2, 3, 5), (2, 9, 3, 3), (3, 33, 9, 7), (2, 4, 3, 2, 3), (0, 3), (2, 0, 3)]
+OTHER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("source", "result"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_every_dtype_and_size(target: Target, source: torch.dtype, result: torch.dtype) -> None:
+    for n in SIZES + CHUNK_SIZES[::5]:
+        x = Sample((n,), source, seed=n, device=target.device).view
+        # A cast rounds to nearest, ties to even, as Tensor.to does: nothing else is correctly rounded.
+        assert same(detach_copy(x, dtype=result), x.to(result))
+
+
+@pytest.mark.parametrize(
+    ("source", "result"), list(itertools.product(OTHER_DTYPES, (*OTHER_DTYPES, torch.float32))), ids=str
+)
+def test_integer_and_bool_dtypes(target: Target, source: torch.dtype, result: torch.dtype) -> None:
+    x = torch.arange(70, device=target.device).remainder(5).to(source).view(2, 5, 7)
+    assert same(detach_copy(x, dtype=result), x.to(result))
+    assert same(detach_copy(x.transpose(0, 2), dtype=result), x.to(result).transpose(0, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("source", "result"), list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_every_pair_of_layouts(target: Target, source: str, result: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        x = Sample(shape, torch.float32, source, device=target.device)
+        out = Sample(shape, dtype, result, seed=1, device=target.device)
+        assert detach_copy(x.view, out.view) is out.view
+        assert same(out.view, x.view.to(dtype))
+        assert x.surroundings_untouched()
+        assert out.surroundings_untouched()
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 31, 33), (1, 1, 5, 5), (2, 129, 1, 1), (2, 3, 65, 64), (1, 257, 16, 17)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_formats(target: Target, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = Sample(shape, torch.float32, device=target.device).view
+    for start, end in itertools.permutations([torch.contiguous_format, torch.channels_last]):
+        y = detach_copy(x.contiguous(memory_format=start), dtype=dtype, memory_format=end)
+        assert y.is_contiguous(memory_format=end)
+        assert y.stride() == x.to(memory_format=end).contiguous(memory_format=end).stride()
+        assert same(y, x.to(dtype))
+
+
+def test_the_layout_is_kept_by_default(target: Target) -> None:
+    for layout in ("contiguous", "channels_last", "transposed"):
+        x = Sample((2, 3, 4, 5), torch.float32, layout, device=target.device).view
+        assert detach_copy(x).stride() == x.stride()
+    volume = torch.randn(2, 3, 4, 5, 6, device=target.device)
+    y = detach_copy(volume, memory_format=torch.channels_last_3d)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    assert same(y, volume)
+    assert same(detach_copy(volume[:1].expand(3, -1, -1, -1, -1)), volume[:1].expand(3, -1, -1, -1, -1))
+
+
+def test_isolation(target: Target) -> None:
+    x = torch.randn(3, 4, device=target.device, requires_grad=True)
+    y = detach_copy(x * 2)
+    assert not y.requires_grad
+    assert y.grad_fn is None
+    y.requires_grad_()
+    (y * x).sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert y.grad is not None
+    same_dtype = detach_copy(x)
+    assert same_dtype.data_ptr() != x.data_ptr(), "a copy, also where nothing is cast"
+
+
+def test_special_values_and_bits(target: Target) -> None:
+    x = torch.tensor(
+        [float("inf"), float("-inf"), float("nan"), -0.0, 1e-45, 3.4e38, 65520.0, 65519.0] * 5, device=target.device
+    )
+    for dtype in DTYPES:
+        y = detach_copy(x, dtype=dtype)
+        torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(torch.signbit(y), torch.signbit(x.to(dtype)))
+    payload = torch.tensor([0x7FC12345, 0x00000001], dtype=torch.int32, device=target.device).view(torch.float32)
+    assert torch.equal(detach_copy(payload).view(torch.int32), payload.view(torch.int32)), (
+        "a plain copy keeps every bit"
+    )
+
+
+def test_every_bfloat16_and_float16_value(target: Target) -> None:
+    bits = torch.arange(-(2**15), 2**15, device=target.device).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = bits.view(dtype)
+        for result in DTYPES:
+            torch.testing.assert_close(detach_copy(x, dtype=result), x.to(result), rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.lists(st.integers(0, 9), max_size=5).map(tuple),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 2),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
+)
+def test_any_pair(target: Target, shape, dtypes, layouts) -> None:
+    x, out = (Sample(shape, dtypes[i], layouts[i], seed=i, device=target.device) for i in range(2))
+    detach_copy(x.view, out.view)
+    assert same(out.view, x.view.to(dtypes[1]))
+    assert out.surroundings_untouched()
+
+
+def test_autograd_sees_the_write(target: Target) -> None:
+    out = torch.randn(4, device=target.device)
+    loss = (torch.randn(4, device=target.device, requires_grad=True) * out).sum()
+    detach_copy(torch.ones(4, device=target.device), out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inference_mode(target: Target) -> None:
+    with torch.inference_mode():
+        x = torch.ones(3, device=target.device)
+        assert same(detach_copy(x, torch.empty_like(x)), x)
+    assert same(detach_copy(x), x.clone())
+
+
+X = torch.arange(6.0).view(2, 3)
+BASE = torch.zeros(12)
+ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "x no tensor": (([1.0],), {}, TypeError, "x .*list"),
+    "x complex": ((X.cfloat(),), {}, TypeError, "complex64"),
+    "x sparse": ((X.to_sparse(),), {}, TypeError, r"x .*torch\.sparse_coo"),
+    "dtype complex": ((X,), {"dtype": torch.cdouble}, TypeError, "complex128"),
+    "dtype no dtype": ((X,), {"dtype": "float32"}, TypeError, "dtype .*str"),
+    "memory_format no format": ((X,), {"memory_format": "channels_last"}, TypeError, "memory_format .*str"),
+    "channels_last of two dimensions": (
+        (X,),
+        {"memory_format": torch.channels_last},
+        ValueError,
+        r"memory_format.*channels_last.*\(2, 3\)",
+    ),
+    "out no tensor": ((X, 3), {}, TypeError, "out .*int"),
+    "out complex": ((X, torch.zeros(2, 3, dtype=torch.cfloat)), {}, TypeError, "out .*complex64"),
+    "out sparse": ((X, X.to_sparse()), {}, TypeError, r"out .*torch\.sparse_coo"),
+    "out of another shape": ((X, torch.zeros(3, 2)), {}, ValueError, r"out .*\(3, 2\).*x \(2, 3\)"),
+    "out that would broadcast": ((X[:1], torch.zeros(2, 3)), {}, ValueError, r"out .*\(2, 3\).*x \(1, 3\)"),
+    "out on another device": ((X, X.to("meta")), {}, ValueError, "out is on meta, x on cpu"),
+    "out and dtype": ((X, torch.zeros(2, 3)), {"dtype": torch.half}, ValueError, "out .*dtype"),
+    "out and memory_format": (
+        (X, torch.zeros(2, 3)),
+        {"memory_format": torch.contiguous_format},
+        ValueError,
+        "out .*memory_format",
+    ),
+    "out is x": ((X, X), {}, ValueError, "out.* overlaps x"),
+    "out overlaps x": ((BASE[:6], BASE[5:11]), {}, ValueError, "out.* overlaps x"),
+    "out expanded": ((X, torch.zeros(1).expand(2, 3)), {}, ValueError, "out.* share memory"),
+    "out requires grad": ((X, torch.zeros(2, 3, requires_grad=True)), {}, RuntimeError, "out requires grad"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_misuse(case: str) -> None:
+    arguments, options, kind, message = ERRORS[case]
+    before = [a.clone() if isinstance(a, torch.Tensor) and not a.is_sparse else None for a in arguments]
+    with pytest.raises(kind, match=message) as error:
+        detach_copy(*arguments, **options)
+    assert error.type is kind
+    for a, b in zip(arguments, before, strict=True):
+        assert b is None or b.is_meta or torch.equal(a, b)
+
+
+@pytest.mark.skipif(not os.environ.get("MANPP_TEST_LARGE"), reason="needs 9 GB: set MANPP_TEST_LARGE=1")
+def test_more_than_2_to_31_elements(target: Target) -> None:
+    x = torch.zeros(2**31 + 17, dtype=torch.int8, device=target.device)
+    x[-1] = 4
+    y = detach_copy(x, dtype=torch.bfloat16)
+    assert y[-1].item() == 4.0
+    assert y[:-1].count_nonzero().item() == 0

@@ -1,0 +1,264 @@
+"""``scale_bias_mix``: values, gradients, what it keeps for backward, and its errors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from conftest import Target
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reference import (
+    CHUNK_SIZES,
+    DTYPES,
+    LAYOUTS,
+    SIZES,
+    Sample,
+    arithmetic_dtype,
+    assert_close,
+    mix,
+    mix_gradients,
+    sum_ops,
+)
+from torch import Tensor
+
+from manpp_kernels import scale_bias_mix
+
+SHAPES = [(), (5,), (3, 7), (2, 3, 5), (2, 9, 3, 3), (4, 17, 5, 7), (2, 4, 3, 2, 3), (0, 3), (2, 0, 3)]
+
+
+def check(lb: Tensor, ema: Tensor, scale: Tensor, total: float = 2.0, grad_layout: str = "contiguous") -> None:
+    """Forward and backward against the oracle. The maps have the same dtype."""
+    lb, ema, scale = (t.detach().requires_grad_() for t in (lb, ema, scale))
+    arithmetic = arithmetic_dtype(lb)
+    out = scale_bias_mix(lb, ema, scale, total=total)
+    assert out.dtype == lb.dtype
+    exact, magnitude = mix(lb, ema, scale, total)
+    # A scale of a wider dtype is rounded to the arithmetic's; then total - scale, the product, the sum; the oracle's.
+    assert_close(out, exact, magnitude, ops=8, arithmetic=arithmetic, what="mix")
+    grad = Sample(out.shape, out.dtype, grad_layout, seed=77, device=str(out.device)).view
+    got = torch.autograd.grad(out, (lb, ema, scale), grad)
+    terms = out.numel() / max(scale.numel(), 1)
+    for name, g, t in zip(("lb_out", "ema_out", "scale"), got, (lb, ema, scale), strict=True):
+        assert (g.dtype, g.shape) == (t.dtype, t.shape), name
+        exact, magnitude = mix_gradients(grad, lb, ema, scale, total)[name]
+        ops = sum_ops(int(terms)) if name == "scale" else 6
+        assert_close(g, exact, magnitude, ops=ops, arithmetic=arithmetic, what=f"grad of {name}")
+
+
+def maps(
+    shape: Any, dtype: torch.dtype, device: str, layouts: tuple[str, str] = ("contiguous",) * 2
+) -> tuple[Tensor, Tensor]:
+    return tuple(Sample(shape, dtype, layout, seed=i, device=device).view for i, layout in enumerate(layouts))
+
+
+def scales(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """A 0-dim scale, and one per channel where there are channels."""
+    found = [torch.tensor(0.75, dtype=dtype, device=device)]
+    if len(shape) >= 2:
+        found.append(Sample((shape[1],), dtype, "misaligned", seed=5, device=device).view)
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "scale_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_every_dtype_and_shape(target: Target, dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        for scale in scales(shape, scale_dtype, target.device):
+            check(*maps(shape, dtype, target.device), scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_size(target: Target, dtype: torch.dtype) -> None:
+    scale = torch.tensor(1.25, device=target.device)
+    for n in SIZES + CHUNK_SIZES:
+        check(*maps((n,), dtype, target.device), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7, 8, 9, 16, 17, 64, 65])
+def test_channels_around_vector_widths(target: Target, dtype: torch.dtype, channels: int) -> None:
+    for layout in ("contiguous", "channels_last"):
+        for rest in [(1, 1), (3, 5), (8, 8)]:
+            lb, ema = maps((3, channels, *rest), dtype, target.device, (layout, layout))
+            for scale in scales(tuple(lb.shape), torch.float32, target.device):
+                check(lb, ema, scale, grad_layout=layout)
+
+
+@pytest.mark.parametrize("grad_layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(("lb_layout", "ema_layout"), list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_every_pair_of_layouts(target: Target, lb_layout: str, ema_layout: str, grad_layout: str) -> None:
+    for shape in [(3, 5, 4, 3), (4, 9)]:
+        for scale in scales(shape, torch.float32, target.device):
+            check(*maps(shape, torch.float32, target.device, (lb_layout, ema_layout)), scale, grad_layout=grad_layout)
+
+
+def test_large_maps(target: Target) -> None:
+    """Large enough for several threads or blocks, of which one has less to do."""
+    for layout in ("contiguous", "channels_last"):
+        for dtype in (torch.float32, torch.float16):
+            lb, ema = maps((17, 37, 33, 31), dtype, target.device, (layout, layout))
+            for scale in scales(tuple(lb.shape), torch.float32, target.device):
+                check(lb, ema, scale)
+
+
+def test_layout_of_the_result(target: Target) -> None:
+    scale = torch.tensor(1.0, device=target.device)
+    lb = torch.randn(2, 3, 4, 5, device=target.device).to(memory_format=torch.channels_last)
+    out = scale_bias_mix(lb, lb.contiguous(), scale)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_maps_of_two_dtypes_are_promoted(target: Target) -> None:
+    lb, ema = torch.randn(2, 4, 6, device=target.device).unbind()
+    scale = torch.tensor(0.5, device=target.device)
+    out = scale_bias_mix(lb.bfloat16().requires_grad_(), ema, scale)
+    assert out.dtype == torch.float32
+    exact, magnitude = mix(lb.bfloat16(), ema, scale, 2.0)
+    assert_close(out, exact, magnitude, ops=8, arithmetic=torch.float32, what="mix")
+    both = scale_bias_mix(lb.bfloat16(), ema.half(), scale)
+    assert both.dtype == torch.promote_types(torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("total", [2.0, 1.0, 0.0, 1.7])
+def test_totals_and_special_scales(target: Target, total: float) -> None:
+    lb, ema = maps((2, 4, 6), torch.float32, target.device)
+    for value in (0.0, 1.0, 2.0, -3.5):
+        check(lb, ema, torch.tensor(value, device=target.device), total)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.lists(st.integers(0, 6), max_size=5).map(tuple),
+    dtype=st.sampled_from(DTYPES),
+    scale_dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    total=st.sampled_from([1.0, 2.0]),
+)
+def test_any_maps(target: Target, shape, dtype, scale_dtype, layouts, total) -> None:
+    for scale in scales(shape, scale_dtype, target.device):
+        check(*maps(shape, dtype, target.device, layouts[:2]), scale, total, grad_layout=layouts[2])
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("wanted", [w for w in itertools.product([False, True], repeat=3) if any(w)])
+def test_gradcheck(target: Target, wanted: tuple[bool, ...], per_channel: bool) -> None:
+    lb, ema = torch.randn(2, 2, 3, 4, dtype=torch.float64, device=target.device).unbind()
+    scale = torch.randn((3,) if per_channel else (), dtype=torch.float64, device=target.device)
+    inputs = tuple(t.clone().requires_grad_(w) for t, w in zip((lb, ema, scale), wanted, strict=True))
+    assert torch.autograd.gradcheck(lambda *t: scale_bias_mix(*t, total=1.5), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: scale_bias_mix(*t, total=1.5), inputs)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)))
+def test_keeps_and_computes_no_more_than_asked_for(target: Target, wanted: tuple[bool, ...]) -> None:
+    lb, ema = torch.randn(2, 8, 16, device=target.device).unbind()
+    inputs = [
+        t.clone().requires_grad_(w)
+        for t, w in zip((lb, ema, torch.ones((), device=target.device)), wanted, strict=True)
+    ]
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = scale_bias_mix(*inputs)
+    elements = sum(t.numel() for t in saved)
+    if wanted[2]:
+        assert elements == lb.numel() + ema.numel() + 1, "the maps are needed for the gradient of scale alone"
+        assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in inputs}, "no copies are kept"
+    else:
+        assert elements <= 1
+    assert out.requires_grad == any(wanted)
+    if any(wanted):
+        out.sum().backward()
+    assert [t.grad is not None for t in inputs] == list(wanted)
+
+
+def test_backward_is_deterministic(target: Target) -> None:
+    lb, ema, grad = torch.randn(3, 16, 33, 15, 17, device=target.device).unbind()
+    for scale_shape in ((), (33,)):
+        scale = torch.ones(scale_shape, device=target.device, requires_grad=True)
+        runs = [torch.autograd.grad(scale_bias_mix(lb, ema, scale), scale, grad)[0] for _ in range(4)]
+        assert all(torch.equal(r, runs[0]) for r in runs)
+
+
+def test_scale_gradient_of_bfloat16_maps_is_summed_in_float32(target: Target) -> None:
+    n = 40_000
+    lb, ema = (
+        torch.ones(1, 1, n, dtype=torch.bfloat16, device=target.device),
+        torch.zeros(1, 1, n, dtype=torch.bfloat16, device=target.device),
+    )
+    for shape in ((), (1,)):
+        scale = torch.ones(shape, device=target.device, requires_grad=True)
+        scale_bias_mix(lb, ema, scale).backward(torch.ones_like(lb))
+        assert scale.grad is not None
+        assert scale.grad.item() == n, "in bfloat16 the sum would stop at 256"
+
+
+def test_special_values(target: Target) -> None:
+    inf, nan = math.inf, math.nan
+    lb = torch.tensor([inf, nan, 1.0, inf, -inf] * 9, device=target.device)
+    ema = torch.tensor([1.0, 1.0, inf, inf, inf] * 9, device=target.device)
+    out = scale_bias_mix(lb, ema, torch.tensor(0.5, device=target.device))
+    expected = torch.tensor([inf, nan, inf, inf, nan] * 9, device=target.device)
+    torch.testing.assert_close(out, expected, equal_nan=True, rtol=0, atol=0)
+
+
+def test_autograd_sees_a_write_to_what_was_kept(target: Target) -> None:
+    lb, ema = torch.randn(2, 3, 4, device=target.device).unbind()
+    lb = lb.clone()
+    out = scale_bias_mix(lb, ema, torch.ones((), device=target.device, requires_grad=True))
+    lb.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+MAP = torch.ones(2, 3, 4)
+ERRORS: dict[str, tuple[tuple[Any, Any, Any], dict[str, Any], type[Exception], str]] = {
+    "lb_out no tensor": ((1.0, MAP, MAP), {}, TypeError, "lb_out .*float"),
+    "ema_out no tensor": ((MAP, None, MAP), {}, TypeError, "ema_out .*NoneType"),
+    "scale no tensor": ((MAP, MAP, 1.0), {}, TypeError, "scale .*float"),
+    "lb_out of integers": ((MAP.int(), MAP, torch.tensor(1.0)), {}, TypeError, r"lb_out .*torch\.int32"),
+    "ema_out of integers": ((MAP, MAP.long(), torch.tensor(1.0)), {}, TypeError, r"ema_out .*torch\.int64"),
+    "scale of integers": ((MAP, MAP, torch.tensor(1)), {}, TypeError, r"scale .*torch\.int64"),
+    "complex": ((MAP.cfloat(), MAP, torch.tensor(1.0)), {}, TypeError, r"lb_out .*torch\.complex64"),
+    "float8": (
+        (MAP.to(torch.float8_e5m2), MAP.to(torch.float8_e5m2), torch.tensor(1.0)),
+        {},
+        TypeError,
+        r"lb_out .*torch\.float8_e5m2",
+    ),
+    "sparse": ((MAP.to_sparse(), MAP, torch.tensor(1.0)), {}, TypeError, r"lb_out .*torch\.sparse_coo"),
+    "shapes": ((MAP, MAP[:1], torch.tensor(1.0)), {}, ValueError, r"ema_out .*\(1, 3, 4\).*\(2, 3, 4\)"),
+    "device of ema_out": ((MAP, MAP.to("meta"), torch.tensor(1.0)), {}, ValueError, "ema_out is on meta.*cpu"),
+    "device of scale": ((MAP, MAP, torch.tensor(1.0, device="meta")), {}, ValueError, "scale is on meta.*cpu"),
+    "channels": ((MAP, MAP, torch.ones(4)), {}, ValueError, r"scale .*\(3,\).*\(4,\)"),
+    "scale of two dimensions": ((MAP, MAP, torch.ones(3, 1)), {}, ValueError, r"scale .*\(3, 1\)"),
+    "no channels": ((MAP[0, 0], MAP[0, 0], torch.ones(4)), {}, ValueError, r"scale .*\(4,\)"),
+    "total NaN": ((MAP, MAP, torch.tensor(1.0)), {"total": math.nan}, ValueError, "total .*nan"),
+    "total a string": ((MAP, MAP, torch.tensor(1.0)), {"total": "2"}, TypeError, "total .*str"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_misuse(case: str) -> None:
+    arguments, options, kind, message = ERRORS[case]
+    with pytest.raises(kind, match=message) as error:
+        scale_bias_mix(*arguments, **options)
+    assert error.type is kind
+
+
+@pytest.mark.skipif(not os.environ.get("MANPP_TEST_LARGE"), reason="needs 17 GB: set MANPP_TEST_LARGE=1")
+def test_more_than_2_to_31_elements(target: Target) -> None:
+    n = 2**31 + 17
+    lb = torch.zeros(n, dtype=torch.bfloat16, device=target.device)
+    lb[-1] = 4.0
+    out = scale_bias_mix(lb, lb, torch.tensor(0.5, device=target.device))
+    assert out[-1].item() == 8.0
+    assert out[:-1].count_nonzero().item() == 0
