@@ -1,0 +1,235 @@
+// ema_scale_update on the CPU: kernel, launch and operator.
+#include "ema_scale_update.h"
+
+#include <algorithm>
+
+#include "../table.h"
+#include "blocks.h"
+
+namespace manpp::cpu {
+
+namespace {
+
+// Small enough that 96 tensors of 4,800 elements spread over the threads, large enough that finding a chunk's tensor
+// costs nothing beside it.
+constexpr int64_t kChunk = 4096;
+// Below this many elements a second thread costs more to wake than it saves (about 10 microseconds).
+constexpr int64_t kGrain = 32768;
+
+#define MANPP_KERNELS(A)                                                                                     \
+  MANPP_SIMD void ema_kernel(A* e, const A* p, int64_t n, A keep, A take) {                                  \
+    for (int64_t i = 0; i < n; ++i) {                                                                        \
+      e[i] = ema_step(e[i], p[i], keep, take);                                                               \
+    }                                                                                                        \
+  }                                                                                                          \
+  MANPP_SIMD void mix_kernel(A* __restrict__ w, const A* b, const A* e, int64_t n, A scale, A rest) {        \
+    for (int64_t i = 0; i < n; ++i) {                                                                        \
+      w[i] = scale_mix(b[i], e[i], scale, rest);                                                             \
+    }                                                                                                        \
+  }                                                                                                          \
+  MANPP_SIMD void ema_mix_kernel(                                                                            \
+      A* __restrict__ e, const A* p, const A* b, A* __restrict__ w, int64_t n, A keep, A take, A scale, A rest) { \
+    for (int64_t i = 0; i < n; ++i) {                                                                        \
+      A updated = ema_step(e[i], p[i], keep, take);                                                          \
+      e[i] = updated;                                                                                        \
+      w[i] = scale_mix(b[i], updated, scale, rest);                                                          \
+    }                                                                                                        \
+  }                                                                                                          \
+  MANPP_SIMD void scaled_kernel(const A* g, int64_t n, A scale, A* __restrict__ out) {                       \
+    for (int64_t i = 0; i < n; ++i) {                                                                        \
+      out[i] = scale * g[i];                                                                                 \
+    }                                                                                                        \
+  }                                                                                                          \
+  /* Sixteen running sums, so that the order of addition is fixed and still fills vector registers. */       \
+  MANPP_SIMD A share_kernel(const A* g, const A* b, const A* e, int64_t n) {                                 \
+    A sums[16] = {};                                                                                         \
+    int64_t i = 0;                                                                                           \
+    for (; i + 16 <= n; i += 16) {                                                                           \
+      for (int k = 0; k < 16; ++k) {                                                                         \
+        sums[k] += scale_grad(g[i + k], b[i + k], e[i + k]);                                                 \
+      }                                                                                                      \
+    }                                                                                                        \
+    A sum = 0;                                                                                               \
+    for (; i < n; ++i) {                                                                                     \
+      sum += scale_grad(g[i], b[i], e[i]);                                                                   \
+    }                                                                                                        \
+    for (int k = 0; k < 16; ++k) {                                                                           \
+      sum += sums[k];                                                                                        \
+    }                                                                                                        \
+    return sum;                                                                                              \
+  }
+
+MANPP_KERNELS(float)
+MANPP_KERNELS(double)
+#undef MANPP_KERNELS
+
+template <class A>
+void update_range(const Entry& t, int32_t index, int64_t begin, int64_t end, const Factors<A>& f, const int64_t* seed) {
+  constexpr DType type = dtype_for<A>();
+  if (t.ema_type == type && t.param_type == type && (t.bias == nullptr || t.bias_type == type)) {
+    A* e = static_cast<A*>(t.ema) + begin;
+    const A* p = static_cast<const A*>(t.param) + begin;
+    if (t.bias == nullptr) {
+      ema_kernel(e, p, end - begin, f.keep, f.take);
+    } else {
+      const A* b = static_cast<const A*>(t.bias) + begin;
+      ema_mix_kernel(e, p, b, static_cast<A*>(t.out) + begin, end - begin, f.keep, f.take, f.scale, f.rest);
+    }
+    return;
+  }
+  alignas(64) A ema_buffer[kBlock];
+  alignas(64) A buffer[kBlock];
+  alignas(64) A mixed[kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    int64_t n = std::min(kBlock, end - i);
+    void* ema = at(t.ema, t.ema_type, i);
+    load_block(t.ema_type, ema, n, ema_buffer);
+    const A* p = readable(t.param_type, at(t.param, t.param_type, i), n, buffer);
+    ema_kernel(ema_buffer, p, n, f.keep, f.take);
+    if constexpr (sizeof(A) == 4) {
+      if (seed != nullptr && element_size(t.ema_type) == 2) {
+        round_block(t.ema_type, ema_buffer, n, *seed, static_cast<uint32_t>(index), i);
+      }
+    } else if (seed != nullptr && element_size(t.ema_type) == 2) {
+      // A float16 or bfloat16 EMA of float64 parameters: rounded by way of float, as everywhere.
+      alignas(64) float narrow[kBlock];
+      store_block(DType::f32, ema_buffer, n, narrow);
+      round_block(t.ema_type, narrow, n, *seed, static_cast<uint32_t>(index), i);
+      load_block(DType::f32, narrow, n, ema_buffer);
+    }
+    store_block(t.ema_type, ema_buffer, n, ema);
+    if (t.bias != nullptr) {
+      const A* stored = readable(t.ema_type, ema, n, ema_buffer); // the EMA as stored, rounded
+      const A* b = readable(t.bias_type, at(t.bias, t.bias_type, i), n, buffer);
+      mix_kernel(mixed, b, stored, n, f.scale, f.rest);
+      store_block(t.bias_type, mixed, n, at(t.out, t.bias_type, i));
+    }
+  }
+}
+
+// Calls body(tensor, begin, end) for every stretch of elements, spread over libtorch's threads.
+template <class Body>
+void for_each_range(const std::vector<Entry>& entries, const std::vector<int64_t>& ends, const Body& body) {
+  int64_t chunks = ends.empty() ? 0 : ends.back();
+  torch::stable::parallel_for(0, chunks, kGrain / kChunk, [&](int64_t first, int64_t last) {
+    int tensor = locate(ends.data(), static_cast<int>(ends.size()), first);
+    for (int64_t chunk = first; chunk < last; ++tensor) {
+      int64_t start = tensor == 0 ? 0 : ends[tensor - 1];
+      int64_t stop = std::min(last, ends[tensor]);
+      if (stop > chunk) {
+        const Entry& t = entries[tensor];
+        body(tensor, (chunk - start) * kChunk, std::min(t.numel, (stop - start) * kChunk));
+        chunk = stop;
+      }
+    }
+  });
+}
+
+} // namespace
+
+EmaLaunch::EmaLaunch(std::vector<Entry> e) : entries(std::move(e)), ends(chunk_ends(entries, kChunk)) {}
+
+void EmaLaunch::run(const Scalars& scalars) const {
+  for_each_range(entries, ends, [&](int tensor, int64_t begin, int64_t end) {
+    const Entry& t = entries[tensor];
+    if (wants_double(t)) {
+      update_range(t, tensor, begin, end, read_factors<double>(scalars, t.group), scalars.seed);
+    } else {
+      update_range(t, tensor, begin, end, read_factors<float>(scalars, t.group), scalars.seed);
+    }
+  });
+}
+
+namespace {
+
+template <class A>
+double backward_range(const Entry& t, int64_t begin, int64_t end, A scale) {
+  alignas(64) A grad_buffer[kBlock];
+  alignas(64) A buffer[kBlock];
+  alignas(64) A ema_buffer[kBlock];
+  double share = 0;
+  for (int64_t i = begin; i < end; i += kBlock) {
+    int64_t n = std::min(kBlock, end - i);
+    const A* g = readable(t.param_type, at(t.param, t.param_type, i), n, grad_buffer);
+    if (t.bias != nullptr) {
+      const A* b = readable(t.bias_type, at(t.bias, t.bias_type, i), n, buffer);
+      const A* e = readable(t.ema_type, at(t.ema, t.ema_type, i), n, ema_buffer);
+      share += static_cast<double>(share_kernel(g, b, e, n));
+    }
+    if (t.out != nullptr) {
+      void* out = at(t.out, t.bias_type, i);
+      if (t.bias_type == dtype_for<A>()) {
+        scaled_kernel(g, n, scale, static_cast<A*>(out));
+      } else {
+        scaled_kernel(g, n, scale, buffer);
+        store_block(t.bias_type, buffer, n, out);
+      }
+    }
+  }
+  return share;
+}
+
+} // namespace
+
+void ema_scale_update(
+    std::vector<Tensor> ema,
+    std::vector<Tensor> params,
+    double momentum,
+    std::optional<Tensor> momentum_tensor,
+    std::optional<Tensor> scale,
+    std::vector<Tensor> bias,
+    std::vector<int64_t> groups,
+    double total,
+    std::optional<Tensor> seed,
+    std::vector<Tensor> out) {
+  Table table = build_table(ema, params, bias, groups, out);
+  EmaLaunch launch(std::move(table.entries));
+  launch.run(make_scalars(momentum, momentum_tensor, scale, total, seed));
+  table.finish();
+}
+
+void ema_scale_update_backward(
+    std::vector<Tensor> grad,
+    std::vector<Tensor> bias,
+    std::vector<Tensor> ema,
+    Tensor scale,
+    std::vector<int64_t> groups,
+    double total,
+    std::vector<Tensor> grad_bias,
+    std::optional<Tensor> grad_scale) {
+  Table table = build_backward_table(grad, bias, ema, groups, grad_bias);
+  std::vector<int64_t> ends = chunk_ends(table.entries, kChunk);
+  DType scale_type = dtype_of(scale);
+  const void* scales = scale.data_ptr();
+  // A sum per chunk, added up in order afterwards: the same bits whatever the number of threads.
+  std::vector<double> shares(ends.empty() ? 0 : static_cast<size_t>(ends.back()));
+  for_each_range(table.entries, ends, [&](int tensor, int64_t begin, int64_t end) {
+    const Entry& t = table.entries[tensor];
+    int64_t start = tensor == 0 ? 0 : ends[tensor - 1];
+    for (int64_t i = begin; i < end; i += kChunk) {
+      int64_t stop = std::min(end, i + kChunk);
+      shares[start + i / kChunk] = wants_double(t)
+          ? backward_range(t, i, stop, read_scalar<double>(scales, scale_type, t.group))
+          : backward_range(t, i, stop, read_scalar<float>(scales, scale_type, t.group));
+    }
+  });
+  table.finish();
+  if (!grad_scale) {
+    return;
+  }
+  std::vector<double> sums(static_cast<size_t>(scale.numel()));
+  for (size_t i = 0; i < ends.size(); ++i) {
+    for (int64_t chunk = i == 0 ? 0 : ends[i - 1]; chunk < ends[i]; ++chunk) {
+      sums[table.entries[i].group] += shares[chunk];
+    }
+  }
+  DType type = dtype_of(*grad_scale);
+  store_block(type, sums.data(), static_cast<int64_t>(sums.size()), grad_scale->data_ptr());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m) {
+  m.impl("ema_scale_update", TORCH_BOX(&ema_scale_update));
+  m.impl("ema_scale_update_backward", TORCH_BOX(&ema_scale_update_backward));
+}
+
+} // namespace manpp::cpu

@@ -1,0 +1,104 @@
+// What the CUDA kernels share: 128-bit accesses, fixed-order sums, and the launch's surroundings.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../table.h"
+
+namespace manpp::cuda {
+
+constexpr int kThreads = 256;
+
+// V elements to or from registers in accesses of 16 bytes, whatever the size of an element.
+template <class T, int V>
+__device__ __forceinline__ void load_vector(const T* p, T (&x)[V]) {
+  static_assert(sizeof(T) * V % 16 == 0);
+  uint4 raw[sizeof(T) * V / 16];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); ++i) {
+    raw[i] = reinterpret_cast<const uint4*>(p)[i];
+  }
+  memcpy(x, raw, sizeof(raw));
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store_vector(T* p, const T (&x)[V]) {
+  uint4 raw[sizeof(T) * V / 16];
+  memcpy(raw, x, sizeof(raw));
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); ++i) {
+    reinterpret_cast<uint4*>(p)[i] = raw[i];
+  }
+}
+
+__host__ __device__ __forceinline__ bool aligned16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Elements that the 16-byte accesses of a kernel come in, where its narrowest operand is of `size` bytes.
+__host__ __device__ constexpr int vector_length(int size) {
+  return 16 / size;
+}
+
+// The sum over a block of kThreads threads, in a fixed order; valid in thread 0.
+template <class A>
+__device__ A block_sum(A x) {
+  __shared__ A sums[kThreads / 32];
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    x += __shfl_down_sync(0xFFFFFFFFu, x, offset);
+  }
+  if (threadIdx.x % 32 == 0) {
+    sums[threadIdx.x / 32] = x;
+  }
+  __syncthreads();
+  A total = 0;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kThreads / 32; ++i) {
+      total += sums[i];
+    }
+  }
+  __syncthreads(); // the next call writes `sums` again
+  return total;
+}
+
+template <class A>
+__device__ __forceinline__ void write_scalar(void* p, DType t, int64_t i, A x) {
+  switch (t) {
+    case DType::f64:
+      static_cast<double*>(p)[i] = static_cast<double>(x);
+      break;
+    case DType::f32:
+      static_cast<float*>(p)[i] = static_cast<float>(x);
+      break;
+    case DType::bf16:
+      static_cast<BFloat16*>(p)[i] = static_cast<BFloat16>(static_cast<float>(x));
+      break;
+    default:
+      static_cast<Half*>(p)[i] = static_cast<Half>(static_cast<float>(x));
+  }
+}
+
+// Makes a tensor's device current for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// PyTorch's current stream on a device.
+cudaStream_t current_stream(int device);
+
+// Throws where the last launch failed.
+void check_launch(const char* kernel);
+
+// An uninitialised buffer from PyTorch's caching allocator, on the device of `like`.
+Tensor scratch(const Tensor& like, int64_t bytes);
+
+} // namespace manpp::cuda

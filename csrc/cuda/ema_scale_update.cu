@@ -1,0 +1,298 @@
+// ema_scale_update on the GPU: kernel, launch and operator. (Its backward pass: ema_scale_update_backward.cu.)
+#include "ema_scale_update.h"
+
+#include <memory>
+
+#include "chunks.cuh"
+
+namespace manpp::cuda {
+
+namespace {
+
+// One operand's dtypes known when compiling: every access is of 16 bytes, all loads are issued before the first use.
+template <class E, class P, class B>
+struct Typed {
+  static constexpr bool kWeights = !std::is_void_v<B>;
+  using Bias = std::conditional_t<kWeights, B, P>;
+  static constexpr int kSmallest = sizeof(E) < sizeof(P) ? (sizeof(E) < sizeof(Bias) ? sizeof(E) : sizeof(Bias))
+                                                         : (sizeof(P) < sizeof(Bias) ? sizeof(P) : sizeof(Bias));
+  static constexpr int kVector = vector_length(kSmallest);
+  static constexpr int kPasses = kChunk / (kThreads * kVector);
+
+  template <bool Stochastic>
+  static __device__ __forceinline__ E rounded(float x, uint32_t key, uint32_t element) {
+    if constexpr (Stochastic && sizeof(E) == 2) {
+      x = round_stochastic<E>(x, random_bits(key, element));
+    }
+    return static_cast<E>(x);
+  }
+
+  template <bool Stochastic>
+  static __device__ __forceinline__ void
+  element(E& e, P p, Bias b, Bias& w, const Factors<float>& f, uint32_t key, uint32_t number) {
+    e = rounded<Stochastic>(ema_step(static_cast<float>(e), static_cast<float>(p), f.keep, f.take), key, number);
+    if constexpr (kWeights) {
+      w = static_cast<Bias>(scale_mix(static_cast<float>(b), static_cast<float>(e), f.scale, f.rest));
+    }
+  }
+
+  template <bool Stochastic>
+  static __device__ __forceinline__ void run(const Chunk& c, const Factors<float>& f, uint32_t key) {
+    E* ema = static_cast<E*>(c.ema);
+    const P* param = static_cast<const P*>(c.param);
+    const Bias* bias = static_cast<const Bias*>(c.bias);
+    Bias* out = static_cast<Bias*>(c.out);
+    uint32_t number = static_cast<uint32_t>(c.first);
+    bool whole = c.n == kChunk && aligned16(ema) && aligned16(param) &&
+        (!kWeights || (aligned16(bias) && aligned16(out)));
+    if (whole) {
+      E e[kPasses][kVector];
+      P p[kPasses][kVector];
+      Bias b[kPasses][kVector];
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
+        int at = (i * kThreads + threadIdx.x) * kVector;
+        load_vector(ema + at, e[i]);
+        load_vector(param + at, p[i]);
+        if constexpr (kWeights) {
+          load_vector(bias + at, b[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
+        int at = (i * kThreads + threadIdx.x) * kVector;
+#pragma unroll
+        for (int k = 0; k < kVector; ++k) {
+          element<Stochastic>(e[i][k], p[i][k], b[i][k], b[i][k], f, key, number + at + k);
+        }
+        store_vector(ema + at, e[i]);
+        if constexpr (kWeights) {
+          store_vector(out + at, b[i]);
+        }
+      }
+      return;
+    }
+    // The last chunk of a tensor, and tensors that start off a 16-byte boundary.
+    for (int at = threadIdx.x; at < c.n; at += kThreads) {
+      E e = ema[at];
+      Bias b{};
+      if constexpr (kWeights) {
+        b = bias[at];
+      }
+      element<Stochastic>(e, param[at], b, b, f, key, number + at);
+      ema[at] = e;
+      if constexpr (kWeights) {
+        out[at] = b;
+      }
+    }
+  }
+};
+
+template <class Source, class Operands, bool Stochastic>
+__global__ void __launch_bounds__(kThreads) typed_kernel(const __grid_constant__ Source source, const Scalars scalars) {
+  Chunk c = source.get(blockIdx.x);
+  Factors<float> f = read_factors<float>(scalars, c.group);
+  uint32_t key = Stochastic ? random_key(*scalars.seed, c.tensor, static_cast<uint32_t>(c.first >> 32)) : 0;
+  Operands::template run<Stochastic>(c, f, key);
+}
+
+// Any mix of dtypes, a tensor its own: the dtypes are looked up for each element, the branches are the same for a
+// whole block.
+template <class A>
+__device__ void run_any(const Chunk& c, const Scalars& scalars) {
+  Factors<A> f = read_factors<A>(scalars, c.group);
+  bool stochastic = scalars.seed != nullptr && element_size(c.ema_type) == 2;
+  uint32_t key = stochastic ? random_key(*scalars.seed, c.tensor, static_cast<uint32_t>(c.first >> 32)) : 0;
+  uint32_t number = static_cast<uint32_t>(c.first);
+  for (int at = threadIdx.x; at < c.n; at += kThreads) {
+    A e = read_scalar<A>(c.ema, c.ema_type, at);
+    A p = read_scalar<A>(c.param, c.param_type, at);
+    e = ema_step(e, p, f.keep, f.take);
+    if (stochastic) {
+      uint32_t bits = random_bits(key, number + at);
+      float x = static_cast<float>(e);
+      e = c.ema_type == DType::bf16 ? round_stochastic<BFloat16>(x, bits) : round_stochastic<Half>(x, bits);
+    }
+    write_scalar(c.ema, c.ema_type, at, e);
+    if (c.bias != nullptr) {
+      A stored = read_scalar<A>(c.ema, c.ema_type, at); // this thread's own store, rounded
+      A b = read_scalar<A>(c.bias, c.bias_type, at);
+      write_scalar(c.out, c.bias_type, at, scale_mix(b, stored, f.scale, f.rest));
+    }
+  }
+}
+
+template <class Source>
+__global__ void __launch_bounds__(kThreads) mixed_kernel(const __grid_constant__ Source source, const Scalars scalars) {
+  Chunk c = source.get(blockIdx.x);
+  bool wide = c.ema_type == DType::f64 || c.param_type == DType::f64 || (c.bias != nullptr && c.bias_type == DType::f64);
+  if (wide) {
+    run_any<double>(c, scalars);
+  } else {
+    run_any<float>(c, scalars);
+  }
+}
+
+// The dtypes that a list shares and there is a kernel for; anything else goes to mixed_kernel.
+struct Specialisation {
+  DType ema;
+  DType param;
+  DType bias; // ignored without effective weights
+};
+
+constexpr Specialisation kSpecialisations[] = {
+    {DType::f32, DType::f32, DType::f32},
+    {DType::bf16, DType::f32, DType::f32},
+    {DType::f32, DType::bf16, DType::bf16},
+    {DType::bf16, DType::bf16, DType::bf16},
+    {DType::f16, DType::f16, DType::f16},
+    {DType::f32, DType::f16, DType::f16},
+};
+constexpr int kMixed = sizeof(kSpecialisations) / sizeof(Specialisation);
+
+int choose_kernel(const std::vector<Entry>& entries) {
+  int chosen = -1;
+  for (const Entry& e : entries) {
+    if (e.numel == 0) {
+      continue;
+    }
+    int found = kMixed;
+    for (int i = 0; i < kMixed; ++i) {
+      const Specialisation& s = kSpecialisations[i];
+      if (e.ema_type == s.ema && e.param_type == s.param && (e.bias == nullptr || e.bias_type == s.bias)) {
+        found = i;
+      }
+    }
+    if (chosen == -1) {
+      chosen = found;
+    } else if (chosen != found) {
+      return kMixed;
+    }
+  }
+  return chosen == -1 ? kMixed : chosen;
+}
+
+template <class Source, class E, class P, class B>
+void launch_typed(const Source& source, uint32_t chunks, const Scalars& scalars, cudaStream_t stream) {
+  using Operands = Typed<E, P, B>;
+  if (sizeof(E) == 2 && scalars.seed != nullptr) {
+    typed_kernel<Source, Operands, sizeof(E) == 2><<<chunks, kThreads, 0, stream>>>(source, scalars);
+  } else {
+    typed_kernel<Source, Operands, false><<<chunks, kThreads, 0, stream>>>(source, scalars);
+  }
+}
+
+template <bool Weights, class Source>
+void launch(int kernel, const Source& source, uint32_t chunks, const Scalars& scalars, cudaStream_t stream) {
+  if (chunks == 0) {
+    return;
+  }
+  // In the order of kSpecialisations.
+  switch (kernel) {
+    case 0:
+      launch_typed<Source, float, float, std::conditional_t<Weights, float, void>>(source, chunks, scalars, stream);
+      break;
+    case 1:
+      launch_typed<Source, BFloat16, float, std::conditional_t<Weights, float, void>>(source, chunks, scalars, stream);
+      break;
+    case 2:
+      launch_typed<Source, float, BFloat16, std::conditional_t<Weights, BFloat16, void>>(
+          source, chunks, scalars, stream);
+      break;
+    case 3:
+      launch_typed<Source, BFloat16, BFloat16, std::conditional_t<Weights, BFloat16, void>>(
+          source, chunks, scalars, stream);
+      break;
+    case 4:
+      launch_typed<Source, Half, Half, std::conditional_t<Weights, Half, void>>(source, chunks, scalars, stream);
+      break;
+    case 5:
+      launch_typed<Source, float, Half, std::conditional_t<Weights, Half, void>>(source, chunks, scalars, stream);
+      break;
+    default:
+      mixed_kernel<Source><<<chunks, kThreads, 0, stream>>>(source, scalars);
+  }
+  check_launch("ema_scale_update");
+}
+
+template <bool Weights>
+void run_once(const std::vector<Entry>& entries, const Tensor& like, const Scalars& scalars, cudaStream_t stream) {
+  int kernel = choose_kernel(entries);
+  if (entries.size() <= static_cast<size_t>(ParameterTable<Weights>::kCapacity)) {
+    auto table = std::make_unique<ParameterTable<Weights>>();
+    uint32_t chunks = fill_table(entries, 0, entries.size(), *table);
+    launch<Weights>(kernel, *table, chunks, scalars, stream);
+    return;
+  }
+  uint32_t chunks = count_chunks(entries);
+  Tensor buffer = scratch(like, static_cast<int64_t>(chunks) * sizeof(Chunk));
+  Chunk* target = static_cast<Chunk*>(buffer.data_ptr());
+  write_chunks(entries, Weights, target, stream);
+  launch<Weights>(kernel, DeviceTable{target}, chunks, scalars, stream);
+}
+
+} // namespace
+
+EmaLaunch::EmaLaunch(const std::vector<Entry>& entries, const Tensor& like)
+    : device_(like.get_device_index()), weights_(!entries.empty() && entries.front().bias != nullptr),
+      kernel_(choose_kernel(entries)) {
+  for (const Entry& e : entries) {
+    weights_ = weights_ || e.bias != nullptr; // an empty tensor's entry has no addresses
+  }
+  DeviceGuard guard(device_);
+  cudaStream_t stream = current_stream(device_);
+  chunks_ = count_chunks(entries);
+  table_ = scratch(like, static_cast<int64_t>(chunks_) * sizeof(Chunk));
+  write_chunks(entries, weights_, static_cast<Chunk*>(table_.data_ptr()), stream);
+  // Updates may come on other streams; waiting once here spares every one of them an event. Inside a capture there is
+  // nothing to wait for: what is captured after this on the same stream is ordered behind it.
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(stream, &capturing);
+  if (capturing == cudaStreamCaptureStatusNone) {
+    cudaError_t error = cudaStreamSynchronize(stream);
+    STD_TORCH_CHECK(error == cudaSuccess, "manpp_kernels: building a plan failed: ", cudaGetErrorString(error));
+  }
+}
+
+void EmaLaunch::run(const Scalars& scalars) const {
+  DeviceGuard guard(device_);
+  cudaStream_t stream = current_stream(device_);
+  DeviceTable table{static_cast<const Chunk*>(table_.data_ptr())};
+  if (weights_) {
+    launch<true>(kernel_, table, chunks_, scalars, stream);
+  } else {
+    launch<false>(kernel_, table, chunks_, scalars, stream);
+  }
+}
+
+void ema_scale_update(
+    std::vector<Tensor> ema,
+    std::vector<Tensor> params,
+    double momentum,
+    std::optional<Tensor> momentum_tensor,
+    std::optional<Tensor> scale,
+    std::vector<Tensor> bias,
+    std::vector<int64_t> groups,
+    double total,
+    std::optional<Tensor> seed,
+    std::vector<Tensor> out) {
+  if (ema.empty()) {
+    return;
+  }
+  DeviceGuard guard(ema[0].get_device_index());
+  Table table = build_table(ema, params, bias, groups, out);
+  Scalars scalars = make_scalars(momentum, momentum_tensor, scale, total, seed);
+  cudaStream_t stream = current_stream(ema[0].get_device_index());
+  if (bias.empty()) {
+    run_once<false>(table.entries, ema[0], scalars, stream);
+  } else {
+    run_once<true>(table.entries, ema[0], scalars, stream);
+  }
+  table.finish();
+}
+
+STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m) {
+  m.impl("ema_scale_update", TORCH_BOX(&ema_scale_update));
+}
+
+} // namespace manpp::cuda

@@ -1,0 +1,54 @@
+#include "mix_tensors.h"
+
+namespace manpp {
+
+namespace {
+
+// x in a layout the kernels know, which is its own where possible.
+std::pair<Tensor, ChannelLayout> with_channel_layout(const Tensor& x, const Tensor& scale) {
+  Tensor y = is_dense(x) ? x : torch::stable::contiguous(x);
+  std::optional<ChannelLayout> layout = channel_layout(y, scale);
+  if (!layout) {
+    y = torch::stable::contiguous(y);
+    layout = channel_layout(y, scale);
+  }
+  return {y, *layout};
+}
+
+} // namespace
+
+MixInputs mix_inputs(const Tensor& lb_out, const Tensor& ema_out, const Tensor& scale) {
+  STD_TORCH_CHECK(
+      lb_out.numel() == ema_out.numel() && dtype_of(lb_out) == dtype_of(ema_out),
+      "manpp_kernels: lb_out and ema_out have to be of one shape and dtype");
+  auto [a, layout] = with_channel_layout(lb_out, scale);
+  return {a, matching(ema_out, a), layout};
+}
+
+MixGradients mix_gradients(
+    const Tensor& grad,
+    const std::optional<Tensor>& lb_out,
+    const std::optional<Tensor>& ema_out,
+    const Tensor& scale,
+    bool need_lb,
+    bool need_ema) {
+  auto [g, layout] = with_channel_layout(grad, scale);
+  const int64_t none = 0;
+  Tensor nothing = torch::stable::new_empty(grad, {&none, 1});
+  bool need_scale = lb_out && ema_out;
+  MixGradients t{
+      g,
+      need_scale ? matching(*lb_out, g) : nothing,
+      need_scale ? matching(*ema_out, g) : nothing,
+      need_lb ? empty_with_layout(g, g) : nothing,
+      need_ema ? empty_with_layout(g, g) : nothing,
+      need_scale ? torch::stable::empty_like(scale) : torch::stable::new_empty(scale, {&none, 1}),
+      layout,
+      need_scale};
+  STD_TORCH_CHECK(
+      !need_scale || (dtype_of(t.a) == dtype_of(g) && dtype_of(t.b) == dtype_of(g)),
+      "manpp_kernels: grad, lb_out and ema_out have to be of one dtype");
+  return t;
+}
+
+} // namespace manpp

@@ -1,0 +1,140 @@
+// The launch plan on the side of the operators: what holds the tables and watches the tensors.
+#include <memory>
+#include <string>
+
+#include "cpu/ema_scale_update.h"
+#include "plan_abi.h"
+#include "table.h"
+#ifdef MANPP_WITH_CUDA
+#include "cuda/ema_scale_update.h"
+#endif
+
+#define MANPP_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace manpp {
+
+namespace {
+
+// A tensor and where it was when the plan was built. Assigning to .data, module.to() and resize_() change the tensor
+// that the handle refers to, so a look at it tells.
+struct Watched {
+  Tensor tensor;
+  const void* address;
+  int64_t numel;
+  int32_t dtype;
+
+  explicit Watched(const Tensor& t) : tensor(t), address(t.data_ptr()), numel(t.numel()), dtype(type_of(t)) {}
+
+  static int32_t type_of(const Tensor& t) {
+    int32_t type = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+    return type;
+  }
+  bool moved() const {
+    return tensor.data_ptr() != address || tensor.numel() != numel || type_of(tensor) != dtype;
+  }
+};
+
+struct Plan {
+  std::vector<Watched> watched;
+  double total;
+  std::unique_ptr<cpu::EmaLaunch> on_cpu;
+#ifdef MANPP_WITH_CUDA
+  std::unique_ptr<cuda::EmaLaunch> on_cuda;
+#endif
+
+  bool moved() const {
+    for (const Watched& w : watched) {
+      if (w.moved()) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  void run(const Scalars& scalars) const {
+#ifdef MANPP_WITH_CUDA
+    if (on_cuda) {
+      on_cuda->run(scalars);
+      return;
+    }
+#endif
+    on_cpu->run(scalars);
+  }
+};
+
+thread_local std::string last_error;
+
+} // namespace
+
+// Returns the plan's address, or 0 where an operand's layout needs a copy at every step, which a plan does not make.
+int64_t plan_create(
+    std::vector<Tensor> ema,
+    std::vector<Tensor> params,
+    std::vector<Tensor> bias,
+    std::vector<int64_t> groups,
+    double total,
+    std::vector<Tensor> out) {
+  auto plan = std::make_unique<Plan>();
+  plan->total = total;
+  Table table = build_table(ema, params, bias, groups, out);
+  if (!table.in_place()) {
+    return 0;
+  }
+  for (const auto* list : {&ema, &params, &bias, &out}) {
+    for (const Tensor& t : *list) {
+      plan->watched.emplace_back(t);
+    }
+  }
+  if (ema[0].is_cpu()) {
+    plan->on_cpu = std::make_unique<cpu::EmaLaunch>(std::move(table.entries));
+  }
+#ifdef MANPP_WITH_CUDA
+  if (ema[0].is_cuda()) {
+    plan->on_cuda = std::make_unique<cuda::EmaLaunch>(table.entries, ema[0]);
+  }
+#endif
+  return reinterpret_cast<int64_t>(plan.release());
+}
+
+MANPP_EXPORT int32_t manpp_plan_update(void* address, const ManppPlanArguments* arguments) {
+  try {
+    const Plan& plan = *static_cast<const Plan*>(address);
+    if (plan.moved()) {
+      return kManppMoved;
+    }
+    Scalars scalars;
+    scalars.keep = arguments->momentum;
+    scalars.take = 1.0 - arguments->momentum;
+    scalars.total = plan.total;
+    scalars.momentum = arguments->momentum_tensor;
+    scalars.momentum_type = static_cast<DType>(arguments->momentum_type);
+    scalars.scale = arguments->scale;
+    scalars.scale_type = static_cast<DType>(arguments->scale_type);
+    scalars.seed = arguments->seed;
+    plan.run(scalars);
+    return kManppDone;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return kManppFailed;
+  }
+}
+
+MANPP_EXPORT const char* manpp_plan_error() {
+  return last_error.c_str();
+}
+
+MANPP_EXPORT void manpp_plan_delete(void* address) {
+  delete static_cast<Plan*>(address);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m) {
+  m.impl("_plan_create", TORCH_BOX(&plan_create));
+}
+#ifdef MANPP_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m) {
+  m.impl("_plan_create", TORCH_BOX(&plan_create));
+}
+#endif
+
+} // namespace manpp

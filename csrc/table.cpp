@@ -1,0 +1,308 @@
+#include "table.h"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+
+namespace manpp {
+
+using torch::headeronly::ScalarType;
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "manpp_kernels: every tensor has to be float64, float32, bfloat16 or float16");
+  }
+  return DType::f32;
+}
+
+static bool same_sizes(const Tensor& a, const Tensor& b) {
+  auto x = a.sizes();
+  auto y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) {
+    return true;
+  }
+  auto sizes = a.sizes();
+  auto x = a.strides();
+  auto y = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1 && x[d] != y[d]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) {
+    return true;
+  }
+  auto sizes = t.sizes();
+  auto strides = t.strides();
+  std::vector<size_t> order;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1) {
+      order.push_back(d);
+    }
+  }
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (size_t d : order) {
+    if (strides[d] != expected) {
+      return false;
+    }
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+Tensor empty_with_layout(const Tensor& x, const Tensor& like) {
+  using torch::stable::detail::from;
+  std::optional<ScalarType> dtype = x.scalar_type();
+  std::array<StableIValue, 7> stack{
+      from(x),
+      from(like.sizes()),
+      from(like.strides()),
+      from(dtype),
+      from(std::optional<torch::headeronly::Layout>()),
+      from(std::optional<torch::stable::Device>()),
+      from(std::optional<bool>())};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor matching(const Tensor& x, const Tensor& like) {
+  if (same_layout(x, like)) {
+    return x;
+  }
+  Tensor copy = empty_with_layout(x, like);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+void Table::finish() {
+  for (auto& [to, from] : copy_back) {
+    torch::stable::copy_(to, from);
+  }
+}
+
+namespace {
+
+// x, or a stand-in for it, laid out like `layout`; `read` and `written` say what the kernel does with it.
+Tensor operand(Table& table, const Tensor& x, const Tensor& layout, bool read, bool written) {
+  STD_TORCH_CHECK(
+      same_sizes(x, layout) && x.get_device_index() == layout.get_device_index() && x.is_cuda() == layout.is_cuda(),
+      "manpp_kernels: the tensors of a pair have to be of one shape and on one device");
+  if (same_layout(x, layout)) {
+    return x;
+  }
+  Tensor copy = empty_with_layout(x, layout);
+  if (read) {
+    torch::stable::copy_(copy, x);
+  }
+  if (written) {
+    table.copy_back.emplace_back(x, copy);
+  }
+  table.keep_alive.push_back(copy);
+  return copy;
+}
+
+// What the others are laid out like: x itself where it is dense, else a contiguous tensor of its sizes.
+Tensor reference_layout(Table& table, const Tensor& x) {
+  if (is_dense(x)) {
+    return x;
+  }
+  table.keep_alive.push_back(torch::stable::contiguous(x));
+  return table.keep_alive.back();
+}
+
+void check_length(size_t found, size_t expected) {
+  STD_TORCH_CHECK(found == expected, "manpp_kernels: the lists go in pairs, and have ", found, " and ", expected);
+}
+
+int32_t group_of(const std::vector<int64_t>& groups, size_t i) {
+  return groups.empty() ? 0 : static_cast<int32_t>(groups[i]);
+}
+
+} // namespace
+
+Table build_table(
+    const std::vector<Tensor>& ema,
+    const std::vector<Tensor>& params,
+    const std::vector<Tensor>& bias,
+    const std::vector<int64_t>& groups,
+    const std::vector<Tensor>& out) {
+  check_length(params.size(), ema.size());
+  check_length(out.size(), bias.size());
+  if (!bias.empty()) {
+    check_length(bias.size(), ema.size());
+  }
+  if (!groups.empty()) {
+    check_length(groups.size(), ema.size());
+  }
+  Table table;
+  table.entries.reserve(ema.size());
+  for (size_t i = 0; i < ema.size(); ++i) {
+    Entry entry;
+    entry.numel = ema[i].numel();
+    if (entry.numel == 0) {
+      table.entries.push_back(entry);
+      continue;
+    }
+    Tensor layout = reference_layout(table, ema[i]);
+    Tensor e = operand(table, ema[i], layout, true, true);
+    Tensor p = operand(table, params[i], layout, true, false);
+    entry.ema = e.data_ptr();
+    entry.param = p.data_ptr();
+    entry.ema_type = dtype_of(e);
+    entry.param_type = dtype_of(p);
+    entry.group = group_of(groups, i);
+    if (!bias.empty()) {
+      Tensor b = operand(table, bias[i], layout, true, false);
+      Tensor w = operand(table, out[i], layout, false, true);
+      entry.bias = b.data_ptr();
+      entry.out = w.data_ptr();
+      entry.bias_type = dtype_of(b);
+      STD_TORCH_CHECK(dtype_of(w) == entry.bias_type, "manpp_kernels: out has to be of bias's dtype");
+    }
+    table.entries.push_back(entry);
+  }
+  return table;
+}
+
+Table build_backward_table(
+    const std::vector<Tensor>& grad,
+    const std::vector<Tensor>& bias,
+    const std::vector<Tensor>& ema,
+    const std::vector<int64_t>& groups,
+    const std::vector<Tensor>& grad_bias) {
+  check_length(bias.size(), ema.size());
+  if (!bias.empty()) {
+    check_length(bias.size(), grad.size());
+  }
+  if (!grad_bias.empty()) {
+    check_length(grad_bias.size(), grad.size());
+  }
+  Table table;
+  table.entries.reserve(grad.size());
+  for (size_t i = 0; i < grad.size(); ++i) {
+    Entry entry;
+    entry.numel = grad[i].numel();
+    entry.group = group_of(groups, i);
+    if (entry.numel > 0) {
+      Tensor layout = reference_layout(table, grad[i]);
+      Tensor g = operand(table, grad[i], layout, true, false);
+      entry.param = g.data_ptr();
+      entry.param_type = dtype_of(g);
+      entry.ema_type = entry.bias_type = entry.param_type;
+      if (!bias.empty()) {
+        Tensor b = operand(table, bias[i], layout, true, false);
+        Tensor e = operand(table, ema[i], layout, true, false);
+        entry.bias = b.data_ptr();
+        entry.ema = e.data_ptr();
+        entry.bias_type = dtype_of(b);
+        entry.ema_type = dtype_of(e);
+      }
+      if (!grad_bias.empty()) {
+        Tensor w = operand(table, grad_bias[i], layout, false, true);
+        entry.out = w.data_ptr();
+        STD_TORCH_CHECK(
+            bias.empty() || dtype_of(w) == entry.bias_type, "manpp_kernels: grad_bias has to be of bias's dtype");
+        entry.bias_type = dtype_of(w);
+      }
+    }
+    table.entries.push_back(entry);
+  }
+  return table;
+}
+
+Scalars make_scalars(
+    double momentum,
+    const std::optional<Tensor>& momentum_tensor,
+    const std::optional<Tensor>& scale,
+    double total,
+    const std::optional<Tensor>& seed) {
+  Scalars s;
+  s.keep = momentum;
+  s.take = 1.0 - momentum;
+  s.total = total;
+  if (momentum_tensor) {
+    s.momentum = momentum_tensor->data_ptr();
+    s.momentum_type = dtype_of(*momentum_tensor);
+  }
+  if (scale) {
+    STD_TORCH_CHECK(scale->dim() <= 1, "manpp_kernels: scale has to be 0-dim or one entry per group");
+    s.scale = scale->data_ptr();
+    s.scale_type = dtype_of(*scale);
+  }
+  if (seed) {
+    s.seed = static_cast<const int64_t*>(seed->data_ptr());
+  }
+  return s;
+}
+
+std::optional<ChannelLayout> channel_layout(const Tensor& x, const Tensor& scale) {
+  ChannelLayout layout;
+  if (scale.dim() == 0) {
+    layout.inner = x.numel();
+    return layout;
+  }
+  layout.channels = x.size(1);
+  if (x.is_contiguous()) {
+    layout.outer = x.size(0);
+    layout.inner = x.numel() / std::max<int64_t>(1, layout.outer * layout.channels);
+    return layout;
+  }
+  if (x.stride(1) == 1 && is_dense(x)) { // channels_last
+    layout.outer = x.numel() / std::max<int64_t>(1, layout.channels);
+    return layout;
+  }
+  return std::nullopt;
+}
+
+static bool is_narrow_float(const Tensor& t) {
+  ScalarType type = t.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+}
+
+static bool is_channels_last(const Tensor& t) {
+  return t.dim() >= 3 && t.stride(1) == 1 && is_dense(t) && !t.is_contiguous();
+}
+
+CopyKind classify_copy(const Tensor& x, const Tensor& out) {
+  CopyKind kind;
+  if (!is_narrow_float(x) || !is_narrow_float(out) || x.numel() == 0) {
+    return kind;
+  }
+  if (same_layout(x, out)) {
+    if (is_dense(x) && x.scalar_type() != out.scalar_type()) {
+      kind.how = CopyKind::Cast;
+    }
+    return kind;
+  }
+  bool to_last = x.is_contiguous() && is_channels_last(out);
+  bool to_first = is_channels_last(x) && out.is_contiguous();
+  if (to_last || to_first) {
+    int64_t batch = x.size(0);
+    int64_t channels = x.size(1);
+    int64_t pixels = x.numel() / (batch * channels);
+    kind.how = CopyKind::Transpose;
+    kind.transposition = {batch, to_last ? channels : pixels, to_last ? pixels : channels};
+  }
+  return kind;
+}
+
+} // namespace manpp

@@ -1,0 +1,92 @@
+// From lists of tensors, as an operator receives them, to the table of a launch.
+#pragma once
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "multi_tensor.h"
+
+namespace manpp {
+
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& t);
+bool same_layout(const Tensor& a, const Tensor& b);
+
+// Whether the elements of t fill one stretch of memory, in whatever order.
+bool is_dense(const Tensor& t);
+
+// A new tensor of x's dtype on x's device, with the sizes and strides of `like`.
+Tensor empty_with_layout(const Tensor& x, const Tensor& like);
+
+// x where it is laid out like `like`, else a copy that is.
+Tensor matching(const Tensor& x, const Tensor& like);
+
+// The entries of a launch. Kernels walk memory, so where operands are laid out differently, or with gaps, they work on
+// stand-ins laid out alike, whose results `finish` copies back.
+struct Table {
+  std::vector<Entry> entries;
+  std::vector<Tensor> keep_alive;
+  std::vector<std::pair<Tensor, Tensor>> copy_back; // to, from
+
+  bool in_place() const {
+    return keep_alive.empty();
+  }
+  void finish();
+};
+
+Table build_table(
+    const std::vector<Tensor>& ema,
+    const std::vector<Tensor>& params,
+    const std::vector<Tensor>& bias,
+    const std::vector<int64_t>& groups,
+    const std::vector<Tensor>& out);
+
+// The same for the backward pass: `param` of an entry is the gradient of the effective weights, `out` that of bias.
+// Either bias and ema, or grad_bias, may be empty.
+Table build_backward_table(
+    const std::vector<Tensor>& grad,
+    const std::vector<Tensor>& bias,
+    const std::vector<Tensor>& ema,
+    const std::vector<int64_t>& groups,
+    const std::vector<Tensor>& grad_bias);
+
+Scalars make_scalars(
+    double momentum,
+    const std::optional<Tensor>& momentum_tensor,
+    const std::optional<Tensor>& scale,
+    double total,
+    const std::optional<Tensor>& seed);
+
+// How the entries of a tensor map to the channels of dimension 1: element i belongs to channel (i / inner) % channels.
+struct ChannelLayout {
+  int64_t outer = 1;
+  int64_t channels = 1;
+  int64_t inner = 1;
+};
+
+// For x dense in memory; nothing where a channel's elements are not laid out that way.
+std::optional<ChannelLayout> channel_layout(const Tensor& x, const Tensor& scale);
+
+// Memory read as [batch][rows][columns] and written as [batch][columns][rows].
+struct Transposition {
+  int64_t batch = 0;
+  int64_t rows = 0;
+  int64_t columns = 0;
+};
+
+// What a copy comes to. Integers, float64, layouts other than contiguous and channels_last, and a copy that changes
+// neither layout nor dtype (a memcpy) are PyTorch's own copy's: Other.
+struct CopyKind {
+  enum How { Other, Cast, Transpose } how = Other;
+  Transposition transposition;
+};
+
+CopyKind classify_copy(const Tensor& x, const Tensor& out);
+
+} // namespace manpp

@@ -1,0 +1,77 @@
+"""Builds the native modules by way of CMakeLists.txt, which is the one description of the native build.
+
+MANPP_CUDA=auto|on|off says whether the CUDA kernels are built (auto: when nvcc is found); TORCH_CUDA_ARCH_LIST for which
+architectures. MANPP_NATIVE=off builds a package without compiled code, which runs on Triton and plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent.resolve()
+
+
+def no_compiler() -> str:
+    """Why nothing can be compiled here; empty where it can."""
+    if os.environ.get("MANPP_NATIVE", "").lower() == "off":
+        return "MANPP_NATIVE=off"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
+        return "no C++ compiler was found (install g++ or clang++, or set CXX)"
+    return ""
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once for all native modules, and puts them where setuptools expects the first."""
+
+    def run(self) -> None:
+        reason = no_compiler()
+        if reason:
+            if os.environ.get("MANPP_CUDA", "").lower() == "on":
+                sys.exit(f"error: MANPP_CUDA=on, and the CUDA kernels cannot be built: {reason}")
+            self.warn(f"building without compiled kernels: {reason}; Triton and plain PyTorch remain")
+            self.extensions = []
+            return
+        target = HERE / "manpp_kernels" if self.inplace or self.editable_mode else Path(self.build_lib) / "manpp_kernels"
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(HERE),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DMANPP_OUTPUT_DIR={target.resolve()}",
+            f"-DMANPP_CUDA={os.environ.get('MANPP_CUDA', 'auto')}",
+        ]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build)], check=True)
+        except FileNotFoundError as error:
+            sys.exit(f"error: {error.filename} was not found: pip install cmake ninja")
+        except subprocess.CalledProcessError:
+            sys.exit("error: the native build failed; the first error above says why")
+
+    def get_outputs(self) -> list[str]:
+        built = (HERE if self.inplace or self.editable_mode else Path(self.build_lib)) / "manpp_kernels"
+        return [str(path) for path in built.glob("*.so")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    # setuptools runs build_ext only where there is an extension; its sources are CMake's business.
+    ext_modules=[Extension("manpp_kernels._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)
