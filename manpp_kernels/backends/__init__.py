@@ -95,21 +95,22 @@ def _checked(backend: str, source: str) -> str:
 # One choice for the whole process, not for a thread: the backward pass runs on threads of autograd's own, and has to
 # see the same backend as the forward pass did.
 _override: str | None = None
+_environment: str | None = None
 _environment_checked = False
 
 
-def _from_environment() -> None:
+def _asked_for() -> str | None:
+    """What use_backend chose, else what MANPP_BACKEND says."""
+    global _environment, _environment_checked
+    if _override is not None:
+        return _override
     # Read at the first operator call rather than at import, so that a wrong value is an error where it matters and
     # `manpp doctor` can still start and explain it.
-    global _override, _environment_checked
-    _environment_checked = True
-    asked = os.environ.get("MANPP_BACKEND", "")
-    if asked and _override is None:
-        try:
-            _override = _checked(asked, "MANPP_BACKEND")
-        except Exception:
-            _environment_checked = False
-            raise
+    if not _environment_checked:
+        asked = os.environ.get("MANPP_BACKEND", "")
+        _environment = _checked(asked, "MANPP_BACKEND") if asked else None
+        _environment_checked = True
+    return _environment
 
 
 @contextlib.contextmanager
@@ -136,13 +137,12 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def override(device: torch.device) -> str | None:
     """The backend asked for, checked against ``device``; None to let the dispatcher pick by device."""
-    if not _environment_checked:
-        _from_environment()
-    if _override in ("cpu", "cuda") and device.type != _override:
-        raise RuntimeError(f"backend {_override!r} was asked for, and the tensors are on {device}")
-    if _override == "triton" and device.type == "cpu" and not triton_interpreted():
+    asked = _asked_for()
+    if asked in ("cpu", "cuda") and device.type != asked:
+        raise RuntimeError(f"backend {asked!r} was asked for, and the tensors are on {device}")
+    if asked == "triton" and device.type == "cpu" and not triton_interpreted():
         raise RuntimeError("backend 'triton' was asked for, and the tensors are on cpu: it needs TRITON_INTERPRET=1")
-    return _override
+    return asked
 
 
 def selected(device: torch.device) -> str:
