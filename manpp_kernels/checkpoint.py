@@ -1,0 +1,221 @@
+"""Checkpoints that survive a kill and resume exactly, and exported weights.
+
+A checkpoint is written beside its destination, flushed to the disk, and then renamed onto it, which the file system
+does as a whole: at any moment the path holds the previous checkpoint or the new one. It is read back with
+``weights_only=True``, so it runs no code. It holds everything a step depends on; the data order is held as the states
+of the random number generators at the start of the epoch and now, with the number of batches in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_FORMAT = "manpp_kernels checkpoint"
+_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A file is not the checkpoint it should be; the message says what is wrong. Nothing was changed."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path in the same folder; on leaving without an exception it becomes ``path`` as a whole."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself has to reach the disk too
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write ``state`` (tensors, numbers, strings, containers of them) atomically."""
+    with atomic_path(path) as temporary:
+        torch.save({"format": _FORMAT, "version": _VERSION, **state}, temporary)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file of :func:`write`, onto the CPU.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: the file is damaged, of another program, or of a version this package does not know.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises one of many types, by where the damage is
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or no checkpoint of this package: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} was written by another program; it is no checkpoint of this package")
+    if state.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{path} has the version {state.get('version')}, and this release reads {_VERSION}; use the release that "
+            "wrote it"
+        )
+    return state
+
+
+def check_kind(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a checkpoint is of another kind of training: rule, options, blocks, order."""
+    for what, value in expected.items():
+        if found.get(what) != value:
+            raise CheckpointError(
+                f"the checkpoint is of another training: its {what} is {found.get(what)!r}, here it is {value!r}"
+            )
+
+
+def check_tensors(what: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a state has other keys or shapes than it has to have."""
+    missing = [key for key in expected if key not in found]
+    extra = [key for key in found if key not in expected]
+    if missing or extra:
+        which = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which is not there"
+        raise CheckpointError(f"the checkpoint is of another network: its {what} {which}")
+    for key, value in expected.items():
+        if isinstance(value, Tensor) and (not isinstance(found[key], Tensor) or found[key].shape != value.shape):
+            shape = tuple(found[key].shape) if isinstance(found[key], Tensor) else type(found[key]).__name__
+            raise CheckpointError(
+                f"the checkpoint is of another network: {key!r} of its {what} has the shape {shape}, here it is "
+                f"{tuple(value.shape)}"
+            )
+
+
+def check_optimizers(found: Sequence[Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise CheckpointError where optimizer states do not fit the optimizers."""
+    if len(found) != len(optimizers):
+        raise CheckpointError(f"the checkpoint has {len(found)} optimizers, here there are {len(optimizers)}")
+    for state, optimizer in zip(found, optimizers, strict=True):
+        ours = optimizer.state_dict()["param_groups"]
+        theirs = state["param_groups"]
+        if [len(g["params"]) for g in theirs] != [len(g["params"]) for g in ours] or any(
+            set(a) != set(b) for a, b in zip(theirs, ours, strict=True)
+        ):
+            raise CheckpointError(
+                f"the checkpoint's optimizer is no {type(optimizer).__name__} over these parameters; use the optimizer "
+                "it was written with"
+            )
+
+
+def check_schedulers(found: Sequence[Any], schedulers: Sequence[Any]) -> None:
+    """Raise CheckpointError where scheduler states do not fit the schedulers."""
+    if len(found) != len(schedulers):
+        raise CheckpointError(f"the checkpoint has {len(found)} schedulers, here there are {len(schedulers)}")
+    for state, scheduler in zip(found, schedulers, strict=True):
+        if set(state) != set(scheduler.state_dict()):
+            raise CheckpointError(
+                f"the checkpoint's scheduler is no {type(scheduler).__name__}; use the scheduler it was written with"
+            )
+
+
+def loader_generators(loader: Any) -> list[torch.Generator]:
+    """The generators that a loader or its samplers draw the order of an epoch from, beside torch's global one."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found: dict[int, torch.Generator] = {}
+    for owner in owners:
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+    return list(found.values())
+
+
+def rng_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """The states of Python's, NumPy's and PyTorch's global generators, of CUDA's, and of ``generators``."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": [g.get_state() for g in generators],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+    """Put the generators into a state of :func:`rng_state`.
+
+    Raises:
+        CheckpointError: the state has another number of ``generators``.
+    """
+    if len(state["generators"]) != len(generators):
+        raise CheckpointError(
+            f"the loader draws from {len(generators)} generators, and the checkpoint was written with one that draws "
+            f"from {len(state['generators'])}; resume with the loader it was written with"
+        )
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for g, s in zip(generators, state["generators"], strict=True):
+        g.set_state(s)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "exporting weights needs the package safetensors; install it, or use trainer.export_state_dict()"
+        ) from error
+    return safetensors.torch
+
+
+def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the ``state_dict`` of ``model`` as a safetensors file, atomically.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    library = _safetensors()
+    # Each tensor on its own memory: the format takes no views into a common storage.
+    tensors = {key: t.detach().cpu().contiguous().clone() for key, t in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        library.save_file(tensors, temporary)
+
+
+def import_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a file of :func:`export_weights` into ``model``.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged or of another network; the model is as it was.
+    """
+    library = _safetensors()
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        tensors = library.load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged, or no safetensors file: {error}") from error
+    check_tensors("weights", tensors, model.state_dict())
+    model.load_state_dict(tensors)

@@ -1,0 +1,267 @@
+"""What a local block learns by: its auxiliary network, and the EMA units that MAN and MAN++ put into it.
+
+The two published transforms (MAN: Su et al., ECCV 2024; MAN++: arXiv 2507.16279) and the parameter form of MAN++ stand
+here as modules that turn a block's features x into y, which the head of a host rule then classifies. With u the first
+unit of the next block, LB a trainable copy of it, phi the EMA of u's parameters and s a trainable scalar::
+
+    MAN                      y = LB(x) + EMA(x)
+    MAN++, activation form   y = s LB(x) + (T - s) EMA(x)
+    MAN++, parameter form    y = u(x; w),  w = s beta + (T - s) phi          (beta: the parameters of LB)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from manpp_kernels.local.partition import Partition, Segment
+from manpp_kernels.ops.ema_scale_update import attach_effective_weights
+from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
+from manpp_kernels.plan import EmaPlan
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """The place an auxiliary network is built for: behind block ``index`` of a partitioned model.
+
+    Attributes:
+        partition: all of the model, so that a rule can look at units further down.
+        index: j, the local block, counted from 0.
+        features: the shape that the auxiliary network takes, the batch dimension included (its size means nothing).
+        num_classes: of the classifier.
+        criterion: loss of logits (N, num_classes) and targets, a mean over the batch.
+    """
+
+    partition: Partition
+    index: int
+    features: torch.Size
+    num_classes: int
+    criterion: Criterion
+
+    @property
+    def count(self) -> int:
+        """K, the number of local blocks."""
+        return len(self.partition)
+
+    @property
+    def later(self) -> tuple[Segment, ...]:
+        """Every unit behind this block, in order."""
+        return self.partition.segments[self.partition.blocks[self.index].stop :]
+
+    @property
+    def next_unit(self) -> Segment:
+        """The first unit of the next block.
+
+        Raises:
+            ValueError: there is none, or it cannot be fed the same features as another unit.
+        """
+        if not self.later:
+            raise ValueError(
+                "this rule takes an EMA of the first unit of the next block, and there is no next block; use a model "
+                "with more units, or rule='e2e'"
+            )
+        unit = self.later[0]
+        if not any(True for _ in unit.module.parameters()):
+            raise ValueError(f"{unit.name} has no parameters to average; set the boundary before a unit that has some")
+        if unit.writes_input:
+            raise ValueError(
+                f"{unit.name} changes its input in place, so a copy of it cannot share that input; give its first "
+                "layer inplace=False"
+            )
+        return unit
+
+
+class Auxiliary(nn.Module):
+    """The auxiliary network of a local block together with its loss; what a rule builds for every block but the last.
+
+    ``forward(features, images, targets)`` takes the block's output (attached to its graph), the network's input images
+    and the targets, and returns the block's loss, a scalar.
+    """
+
+    def forward(self, features: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Classifier(Auxiliary):
+    """A local head and the network's own criterion: the loss of DGL."""
+
+    def __init__(self, head: nn.Module, criterion: Criterion) -> None:
+        super().__init__()
+        self.head = head
+        self.criterion = criterion
+
+    def forward(self, features: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        return self.criterion(self.head(features), targets)
+
+
+class Transformed(Auxiliary):
+    """An EMA transform in front of the auxiliary network of a host rule."""
+
+    def __init__(self, transform: EmaTransform, host: Auxiliary) -> None:
+        super().__init__()
+        self.transform = transform
+        self.host = host
+
+    def forward(self, features: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        return self.host(self.transform(features), images, targets)
+
+
+Init = Literal["copy", "fresh"]
+INITS = ("copy", "fresh")
+
+
+def copy_unit(unit: nn.Module, init: Init, fresh: Callable[[nn.Module], None], *, trainable: bool) -> nn.Module:
+    """A copy of ``unit`` for an auxiliary network.
+
+    Its batch normalisations keep no running statistics: they normalise by the batch, and touch nothing of the user's.
+
+    Args:
+        unit: the user's module.
+        init: ``"copy"`` keeps the values of the parameters, ``"fresh"`` draws them anew by ``fresh``.
+        fresh: initialises a module in place.
+        trainable: whether the copy's parameters require grad.
+
+    Raises:
+        ValueError: an unknown ``init``.
+    """
+    if init not in INITS:
+        raise ValueError(f"the initial values of a copied unit have to be one of {', '.join(INITS)}, not {init!r}")
+    twin = copy.deepcopy(unit).train()
+    if init == "fresh":
+        fresh(twin)
+    for m in twin.modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase):
+            m.track_running_stats = False
+            m.running_mean = m.running_var = m.num_batches_tracked = None
+    for p in twin.parameters():
+        p.grad = None
+        p.requires_grad_(trainable)
+    return twin
+
+
+class EmaTransform(nn.Module):
+    """Base of the transforms: a trainable copy (``lb``) and an EMA copy (``ema``) of one unit of the next block.
+
+    The EMA's parameters get no gradient of their own, and pass gradient on to their input. They move when an
+    :class:`EmaUpdates` says so, never in ``forward``.
+    """
+
+    def __init__(self, unit: nn.Module, lb: nn.Module, ema: nn.Module) -> None:
+        super().__init__()
+        self.lb = lb
+        self.ema = ema
+        # In a list, so that the user's parameters are not registered as the transform's own.
+        self._sources = list(unit.parameters())
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Each EMA tensor with the parameter it follows."""
+        return list(zip(self.ema.parameters(), self._sources, strict=True))
+
+
+class SumTransform(EmaTransform):
+    """MAN: ``LB(x) + EMA(x)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lb(x) + self.ema(x)
+
+
+def _initial_scale(unit: nn.Module, total: float) -> nn.Parameter:
+    like = next(unit.parameters())
+    return nn.Parameter(torch.tensor(total / 2, dtype=like.dtype, device=like.device))
+
+
+class ActivationTransform(EmaTransform):
+    """MAN++ as published: ``s LB(x) + (T - s) EMA(x)``, s starting at T / 2."""
+
+    def __init__(self, unit: nn.Module, lb: nn.Module, ema: nn.Module, total: float) -> None:
+        super().__init__(unit, lb, ema)
+        self.total = total
+        self.scale = _initial_scale(unit, total)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scale_bias_mix(self.lb(x), self.ema(x), self.scale, total=self.total)
+
+
+class ParameterTransform(EmaTransform):
+    """MAN++ in the parameter form: one unit, run with the effective weights ``w = s beta + (T - s) phi``.
+
+    ``prepared`` holds the values of w where an :class:`EmaUpdates` computed those of all blocks in one launch; where
+    it is None, ``forward`` computes them. Either way they join the graph here, so that each block has a graph of its
+    own, freed by its own backward pass.
+    """
+
+    def __init__(self, unit: nn.Module, lb: nn.Module, ema: nn.Module, total: float) -> None:
+        super().__init__(unit, lb, ema)
+        self.total = total
+        self.scale = _initial_scale(unit, total)
+        self.prepared: list[Tensor] | None = None
+        self._names = [name for name, _ in self.lb.named_parameters()]
+        self._plan: EmaPlan | None = None
+
+    def beta(self) -> list[Tensor]:
+        return list(self.lb.parameters())
+
+    def effective_weights(self) -> list[Tensor]:
+        """w for every parameter of the unit, differentiable in s and beta."""
+        values = self.prepared
+        if values is None:
+            if self._plan is None:
+                ema, params = zip(*self.pairs(), strict=True)
+                self._plan = EmaPlan(ema, params, bias=[b.detach() for b in self.beta()], total=self.total)
+            # At momentum 1 the EMA stays as it is, which leaves the weights alone: one launch.
+            values = self._plan.update(1.0, scale=self.scale.detach())
+            assert values is not None
+        phi = [p.detach() for p in self.ema.parameters()]
+        return attach_effective_weights(values, self.scale, self.beta(), phi, [], self.total)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = dict(zip(self._names, self.effective_weights(), strict=True))
+        return torch.func.functional_call(self.lb, weights, (x,))
+
+
+class EmaUpdates:
+    """The EMA updates of some transforms, in one launch.
+
+    Args:
+        transforms: whose EMAs move together.
+        momentum: m of ``phi <- m phi + (1 - m) theta``.
+        prepare: also compute the effective weights of the parameter form in the same launch, for the forward passes
+            that follow.
+    """
+
+    def __init__(self, transforms: list[EmaTransform], momentum: float, *, prepare: bool) -> None:
+        self.momentum = momentum
+        mixed = [t for t in transforms if isinstance(t, ParameterTransform)] if prepare else []
+        plain = [t for t in transforms if t not in mixed]
+        self._plain = EmaPlan(*_columns(plain)) if plain else None
+        self._mixed = mixed
+        self._weights: EmaPlan | None = None
+        if mixed:
+            (total,) = {t.total for t in mixed}
+            # The plan sees the values of beta alone: a graph common to all blocks would have to outlive each block.
+            beta = [b.detach() for t in mixed for b in t.beta()]
+            groups = [g for g, t in enumerate(mixed) for _ in t.beta()]
+            self._weights = EmaPlan(*_columns(mixed), bias=beta, groups=groups, total=total)
+
+    def update(self) -> None:
+        """Move every EMA one step towards its source."""
+        if self._plain is not None:
+            self._plain.update(self.momentum)
+        if self._weights is not None:
+            weights = self._weights.update(self.momentum, scale=torch.stack([t.scale.detach() for t in self._mixed]))
+            assert weights is not None
+            values = iter(weights)
+            for t in self._mixed:
+                t.prepared = [next(values) for _ in t.beta()]
+
+
+def _columns(transforms: list[EmaTransform] | list[ParameterTransform]) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = [pair for t in transforms for pair in t.pairs()]
+    return [e for e, _ in pairs], [p for _, p in pairs]

@@ -1,0 +1,65 @@
+"""The settings of a :class:`manpp_kernels.trainer.LocalTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from manpp_kernels.local.rules import choose
+
+AMP_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How a :class:`LocalTrainer` trains; the defaults are those of the MAN++ publication.
+
+    Attributes:
+        rule: ``"e2e"``, ``"dgl"``, ``"man"``, ``"man++"``, … (``manpp_kernels.local.rule_names()``).
+        rule_options: the rule's options, as its dataclass or a mapping of some fields; None for its defaults.
+        blocks: K; or boundaries, see :func:`manpp_kernels.local.partition`; None for one block a unit (e2e: 1).
+        balance: how K blocks are distributed over the units, ``"count"`` or ``"memory"``.
+        order: of a step. ``"published"``: for each block forward, backward, EMA update; one optimizer step at the end.
+            ``"unlocked"``: all EMA updates in one launch first, then for each block forward, backward, optimizer step,
+            gradients freed, so that gradients never exist for more than one block.
+        learning_rate, sgd_momentum, nesterov, weight_decay: of SGD, where the trainer is given no optimizer.
+        schedule: how often a scheduler steps, every ``"epoch"`` or every ``"step"``.
+        label_smoothing: of the cross-entropy, where the trainer is given no criterion.
+        clip_norm: the most that the gradient norm of each block may be; None does not clip.
+        accumulate: micro-batches that a batch is split into; their gradients are averaged by their sizes, and the EMA
+            and the optimizer step once a batch.
+        amp: autocast to ``"bf16"`` or ``"fp16"`` (the latter with loss scaling); None for full precision.
+        channels_last: keep the model and the images in the channels-last memory format.
+        compile: the ``torch.compile`` backend for the bodies of the blocks, such as ``"inductor"``; None for none.
+        measure_memory: report the peak memory of each epoch.
+    """
+
+    rule: str = "man++"
+    rule_options: Any = None
+    blocks: int | Sequence[int | str] | None = None
+    balance: Literal["count", "memory"] = "count"
+    order: Literal["published", "unlocked"] = "published"
+    learning_rate: float = 0.1
+    sgd_momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    schedule: Literal["epoch", "step"] = "epoch"
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    accumulate: int = 1
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool = False
+    compile: str | None = None
+    measure_memory: bool = True
+
+    def __post_init__(self) -> None:
+        choose("order", self.order, ("published", "unlocked"))
+        choose("schedule", self.schedule, ("epoch", "step"))
+        choose("amp", self.amp, tuple(AMP_DTYPES))
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate has to be 1 or more, and is {self.accumulate}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm has to be positive or None, and is {self.clip_norm}")

@@ -1,0 +1,115 @@
+"""What ``LocalTrainer.fit`` keeps track of: the sums of an epoch, its batches from any place on, and Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manpp_kernels import checkpoint
+
+
+@dataclass
+class EpochTotals:
+    """Sums over the steps of an epoch so far; tensors stay on the device until the epoch ends."""
+
+    loss: Tensor | float = 0.0
+    correct: Tensor | int = 0
+    images: int = 0
+    seconds: float = 0.0
+    timed_seconds: float = 0.0
+    timed_steps: int = 0
+    peak_memory: int = 0
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """One step: its mean loss, logits (N, C), and targets (N,) or class probabilities (N, C)."""
+        self.images += len(logits)
+        self.loss = self.loss + loss.double() * len(logits)
+        self.correct = self.correct + correct(logits, targets.to(logits.device, non_blocking=True))
+
+    def tick(self, seconds: float, *, timed: bool, steps: int = 1) -> None:
+        """The time of a step; ``timed`` where nothing was measured meanwhile."""
+        self.seconds += seconds
+        if timed:
+            self.timed_seconds += seconds
+            self.timed_steps += steps
+
+    def row(self) -> dict[str, Any]:
+        """The epoch's figures; waits for the device."""
+        return {
+            "train_loss": float(self.loss) / self.images,
+            "train_acc": float(self.correct) / self.images,
+            "seconds": self.seconds,
+            "seconds_per_step": self.timed_seconds / self.timed_steps if self.timed_steps else self.seconds,
+            "images_per_second": self.images / max(self.seconds, 1e-9),
+            "peak_memory_bytes": self.peak_memory,
+        }
+
+
+def correct(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many of the N predictions are right, as a 0-dim tensor."""
+    if targets.is_floating_point():
+        targets = targets.argmax(1)
+    return (logits.argmax(1) == targets).sum()
+
+
+def batches_from(
+    loader: Iterable[Any],
+    epoch: int,
+    position: int,
+    start: dict[str, Any] | None,
+    now: dict[str, Any],
+    generators: Sequence[torch.Generator],
+) -> Iterator[Any]:
+    """The batches of an epoch from number ``position`` on, as if those before had just been used.
+
+    The loader is started again with the generators as they were at the epoch's ``start``, so that it draws the same
+    order; the batches already used are drawn and dropped; then the generators are put where they were ``now``.
+    """
+    for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        set_epoch = getattr(owner, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
+    if position == 0 or start is None:
+        checkpoint.set_rng_state(now, generators)
+        yield from loader
+        return
+    checkpoint.set_rng_state(start, generators)
+    iterator = iter(loader)
+    for done in range(position):
+        if next(iterator, None) is None:
+            raise ValueError(
+                f"{position} batches of this epoch are done, and the loader has only {done}: another loader"
+            )
+    checkpoint.set_rng_state(now, generators)
+    yield from iterator
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of raising; the second one raises KeyboardInterrupt as ever.
+
+    Outside the main thread, where Python delivers no signals, the event is never set.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,136 @@
+"""K local blocks, put together from a partitioned model and a rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from manpp_kernels.local.auxiliary import Auxiliary, Criterion, EmaTransform, EmaUpdates, ParameterTransform, Site
+from manpp_kernels.local.partition import Partition, modules_of
+from manpp_kernels.local.rules import Rule
+
+
+class BlockOutput(NamedTuple):
+    """What a local block gives: features for the next block, cut from the graph; its loss; the last block's logits."""
+
+    features: Tensor
+    loss: Tensor
+    logits: Tensor | None
+
+
+class LocalBlock(nn.Module):
+    """A part of the user's model with an auxiliary network and a loss of its own.
+
+    Args:
+        body: references to the user's modules.
+        auxiliary: from the body's output to the local loss; None for the last block, whose body ends in the logits.
+        criterion: the loss of the last block.
+    """
+
+    def __init__(self, body: nn.Sequential, auxiliary: Auxiliary | None, criterion: Criterion) -> None:
+        super().__init__()
+        self.body = body
+        self.auxiliary = auxiliary
+        self.criterion = criterion
+
+    def forward(self, x: Tensor, images: Tensor, targets: Tensor) -> BlockOutput:
+        """``x`` is the previous block's features, detached; for the first block the images."""
+        features = self.body(x)
+        if self.auxiliary is None:
+            return BlockOutput(features.detach(), self.criterion(features, targets), features.detach())
+        return BlockOutput(features.detach(), self.auxiliary(features, images, targets), None)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that this block's loss trains."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def transforms(self) -> list[EmaTransform]:
+        """The EMA units of its auxiliary network."""
+        return [m for m in self.modules() if isinstance(m, EmaTransform)]
+
+    def release(self) -> None:
+        """Drop the effective weights that were prepared for this step."""
+        for t in self.transforms():
+            if isinstance(t, ParameterTransform):
+                t.prepared = None
+
+
+class LocalNetwork(nn.Module):
+    """The local blocks of a model, and the EMA updates between them.
+
+    Args:
+        partition: of the user's model, whose modules are trained in place.
+        rule: what the auxiliary networks are.
+        criterion: loss of logits (N, num_classes) and targets.
+        num_classes: None for the size of the model's output.
+
+    Raises:
+        ValueError: the rule cannot train this partition, or ``num_classes`` differs from the model's output.
+    """
+
+    def __init__(self, partition: Partition, rule: Rule, criterion: Criterion, num_classes: int | None = None) -> None:
+        super().__init__()
+        outputs = partition.output_shape[1]
+        if num_classes is not None and num_classes != outputs:
+            raise ValueError(f"num_classes is {num_classes}, and the model's output has {outputs}; make them agree")
+        rule.check(len(partition.segments), len(partition))
+        like = next(partition.model.parameters())
+        blocks = []
+        for j in range(len(partition)):
+            auxiliary = None
+            if j < len(partition) - 1:
+                shape = partition.segments[partition.blocks[j][-1]].shape
+                auxiliary = rule.auxiliary(Site(partition, j, shape, outputs, criterion))
+                auxiliary.to(device=like.device, dtype=like.dtype)
+            blocks.append(LocalBlock(nn.Sequential(*modules_of(partition, j)), auxiliary, criterion))
+        self.blocks = nn.ModuleList(blocks)
+        self.num_classes = outputs
+        self.rule = rule
+        self.partition = partition
+
+    def __iter__(self) -> Iterator[LocalBlock]:
+        return (block for block in self.blocks if isinstance(block, LocalBlock))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def ema_updates(self) -> EmaUpdates:
+        """The updates of all blocks in one launch, which also prepares the effective weights of the parameter form."""
+        return EmaUpdates([t for block in self for t in block.transforms()], self.rule.momentum, prepare=True)
+
+    def ema_updates_by_block(self) -> list[EmaUpdates]:
+        """The updates of each block on their own."""
+        return [EmaUpdates(block.transforms(), self.rule.momentum, prepare=False) for block in self]
+
+    def auxiliary_state_dict(self) -> dict[str, Tensor]:
+        """Everything that is trained beside the user's model, by block."""
+        return {
+            f"{j}.{key}": value
+            for j, block in enumerate(self)
+            if block.auxiliary is not None
+            for key, value in block.auxiliary.state_dict().items()
+        }
+
+    def load_auxiliary_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy a state of :meth:`auxiliary_state_dict` in; keys and shapes have to be the same."""
+        for j, block in enumerate(self):
+            if block.auxiliary is not None:
+                prefix = f"{j}."
+                block.auxiliary.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+
+    def describe(self) -> dict[str, object]:
+        """What has to agree for two trainings to be of the same kind: the rule, its options, the blocks."""
+        return {
+            "rule": self.rule.name,
+            "rule options": repr(dataclasses.asdict(self.rule.options)),
+            "blocks": [" ".join(names) for names in self.partition.names()],
+        }
+
+    @torch.no_grad()
+    def persistent_tensors(self) -> list[Tensor]:
+        """Parameters, EMAs and buffers: what is in memory whether or not there is a graph."""
+        return [*self.parameters(), *self.buffers()]

@@ -1,0 +1,365 @@
+"""A model as stem, units and head, and the units as K local blocks.
+
+The parts are references to the user's own modules: training them trains the user's model, whose ``state_dict`` keeps
+its keys. How a class of models comes apart is one small function in a registry, :data:`adapt`::
+
+    @adapt.register
+    def _(model: MyNet) -> Parts:
+        return Parts(model.patch_embed, {f"blocks.{i}": b for i, b in enumerate(model.blocks)}, model.classifier)
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manpp_kernels.local.memory import saved_bytes_of
+from manpp_kernels.models import cifar_resnet
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Draw every parameter anew, each layer by its own ``reset_parameters``: PyTorch's defaults."""
+    for m in module.modules():
+        reset = getattr(m, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model taken apart: ``head(units[-1](... units[0](stem(images))))`` has to be what ``model(images)`` is.
+
+    Attributes:
+        stem: from images to the first unit's input.
+        units: the residual or transformer blocks in order, by the names that boundaries are given in.
+        head: from the last unit's output to logits (N, num_classes).
+        init: initialises a fresh copy of a unit in place, as the model's own constructor does.
+    """
+
+    stem: nn.Module
+    units: Mapping[str, nn.Module]
+    head: nn.Module
+    init: Callable[[nn.Module], None] = reset_parameters
+
+
+@functools.singledispatch
+def adapt(model: nn.Module) -> Parts:
+    """Take ``model`` apart by the adapter registered for its class; ``adapt.register`` adds one.
+
+    Raises:
+        TypeError: no adapter is registered for this class.
+    """
+    if _register_torchvision(type(model)):
+        return adapt(model)
+    raise TypeError(
+        f"there is no adapter for {type(model).__name__}; register a function that returns its stem, units and head: "
+        "@manpp_kernels.local.adapt.register"
+    )
+
+
+def _register_torchvision(cls: type) -> bool:
+    """Register torchvision's classes once a model of one comes along; torchvision is imported then, if it exists."""
+    if "torchvision.models.resnet" not in sys.modules:
+        return False
+    from torchvision.models import ResNet
+
+    if ResNet in adapt.registry or not issubclass(cls, ResNet):
+        return False
+    adapt.register(ResNet)(_adapt_torchvision_resnet)
+    return True
+
+
+def _staged_units(model: nn.Module, stages: Sequence[str]) -> dict[str, nn.Module]:
+    return {f"{stage}.{name}": unit for stage in stages for name, unit in getattr(model, stage).named_children()}
+
+
+def _adapt_torchvision_resnet(model: Any) -> Parts:
+    """ResNet, Wide ResNet and ResNeXt."""
+    return Parts(
+        nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool),
+        _staged_units(model, ["layer1", "layer2", "layer3", "layer4"]),
+        nn.Sequential(model.avgpool, nn.Flatten(), model.fc),
+        cifar_resnet.init_weights,  # the same distributions as torchvision's constructor
+    )
+
+
+@adapt.register
+def _(model: cifar_resnet.CifarResNet) -> Parts:
+    return Parts(
+        nn.Sequential(model.conv1, model.bn1, model.relu),
+        _staged_units(model, model.stages),
+        nn.Sequential(model.avgpool, nn.Flatten(), model.fc),
+        cifar_resnet.init_weights,
+    )
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+_POOLS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+_HEAD_LAYERS = (*_POOLS, nn.Flatten, nn.modules.dropout._DropoutNd)
+
+
+@adapt.register
+def _(model: nn.Sequential) -> Parts:
+    """Every child with parameters that is not a norm starts a group, which the norms, activations and pools after it
+    join. The first group is the stem, the last is the head, with the pooling, flattening and dropout right before it.
+    """
+    groups: list[list[tuple[str, nn.Module]]] = []
+    for name, child in model.named_children():
+        starts = any(True for _ in child.parameters()) and not isinstance(child, _NORMS)
+        if not groups or (starts and _has_parameters(groups[-1])):
+            groups.append([])
+        groups[-1].append((name, child))
+    if len(groups) < 2:
+        raise ValueError(
+            f"the nn.Sequential has {len(groups)} layers with parameters; local learning needs a stem, units and a head"
+        )
+    while len(groups[-2]) > 1 and isinstance(groups[-2][-1][1], _HEAD_LAYERS):
+        groups[-1].insert(0, groups[-2].pop())
+    stem, *units, head = (nn.Sequential(*(child for _, child in group)) for group in groups)
+    names = [group[0][0] for group in groups[1:-1]]
+    return Parts(stem, dict(zip(names, units, strict=True)), head)
+
+
+def _has_parameters(group: list[tuple[str, nn.Module]]) -> bool:
+    return any(True for _, child in group for _ in child.parameters())
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The stem or a unit, as measured on an example.
+
+    Attributes:
+        name: ``"stem"`` or the unit's name.
+        module: the user's own module.
+        shape: of its output for the example, the batch dimension included.
+        saved_bytes: what its forward pass saves for backward per image; 0 unless it was asked for.
+        writes_input: whether it changes its input in place.
+    """
+
+    name: str
+    module: nn.Module
+    shape: torch.Size
+    saved_bytes: int
+    writes_input: bool
+
+
+@dataclass(frozen=True)
+class Partition:
+    """K local blocks of a model.
+
+    Attributes:
+        model: the user's model.
+        parts: its stem, units and head.
+        segments: the stem and then the units, measured.
+        blocks: for each local block the range of its segments; the last block also carries the head.
+        input_shape: of the example.
+        output_shape: of the model's output for the example, (N, num_classes).
+    """
+
+    model: nn.Module
+    parts: Parts
+    segments: tuple[Segment, ...]
+    blocks: tuple[range, ...]
+    input_shape: torch.Size
+    output_shape: torch.Size
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def names(self) -> list[list[str]]:
+        """The names of the segments of each block."""
+        return [[self.segments[i].name for i in block] for block in self.blocks]
+
+
+Boundaries = Sequence[int | str]
+
+
+def partition(
+    model: nn.Module,
+    blocks: int | Boundaries | None = None,
+    *,
+    example: Any,
+    balance: str = "count",
+) -> Partition:
+    """Divide ``model`` into K local blocks.
+
+    The segments that are divided are the stem and then each unit, so ResNet-32 has 16 and ResNet-110 has 55. With one
+    segment a block (K = 16 and 55 there) the stem is a block of its own; the last block also carries the head.
+
+    Args:
+        model: any model that an adapter is registered for.
+        blocks: K; or explicit boundaries, the last segment of every block but the last, each as the name of a unit
+            (``"layer1.4"``) or its place (0 for ``"stem"``, 1 for the first unit). None makes every segment a block;
+            1 is end to end.
+        example: a batch of images, a batch (images, targets), or the shape of an image, for which the outputs are
+            measured (in evaluation mode; the model is not changed).
+        balance: how a count is distributed. ``"count"``: as evenly as possible, where it does not come out even the
+            later blocks have one segment more, as their activations are smaller. ``"memory"``: so that the most
+            saved-activation bytes of any block's body, measured, are as few as possible.
+
+    Raises:
+        TypeError: there is no adapter for the model, or ``blocks`` is of no fitting type.
+        ValueError: K is not between 1 and the number of segments; boundaries that name no unit or do not ascend;
+            an unknown balance; an adapter whose parts are not the model.
+    """
+    if balance not in _BALANCE:
+        raise ValueError(f"balance has to be one of {', '.join(_BALANCE)}, and is {balance!r}")
+    parts = adapt(model)
+    names = ["stem", *parts.units]
+    ends = None if blocks is None or isinstance(blocks, int) else _ends(blocks, names)
+    count = len(names) if blocks is None else len(ends) if ends is not None else blocks
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"blocks has to be a number or a sequence of boundaries, and is {blocks!r}")
+    if not 1 <= count <= len(names):
+        raise ValueError(
+            f"blocks is {count}, and {type(model).__name__} can be divided into 1 to {len(names)} local blocks "
+            f"(the stem and {len(names) - 1} units); choose a number in between"
+        )
+    images = example_images(example, next(model.parameters()).device)
+    by_memory = balance == "memory" and ends is None and count < len(names)
+    segments, output_shape = _measure(model, parts, images, by_memory)
+    if ends is None:
+        ends = _BALANCE[balance]([s.saved_bytes for s in segments] if by_memory else [1] * len(names), count)
+    starts = [0, *ends[:-1]]
+    ranges = tuple(range(a, b) for a, b in zip(starts, ends, strict=True))
+    return Partition(model, parts, segments, ranges, images.shape, output_shape)
+
+
+def example_images(example: Any, device: torch.device) -> Tensor:
+    """At most two images for measuring shapes: from a batch, or drawn for a shape (C, H, W) or (N, C, H, W)."""
+    if isinstance(example, tuple | list) and example and isinstance(example[0], Tensor):
+        example = example[0]
+    if isinstance(example, Tensor):
+        return example[:2].to(device)
+    if not isinstance(example, tuple | list) or not example or not all(isinstance(n, int) for n in example):
+        raise TypeError(f"example has to be a batch of images or the shape of one, and is {example!r}")
+    shape = tuple(example)[-3:] if len(example) >= 3 else tuple(example)
+    # A generator of its own: measuring must not move the random numbers that training draws.
+    return torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _ends(boundaries: Boundaries, names: list[str]) -> list[int]:
+    """One past the last segment of every block."""
+    if isinstance(boundaries, str):
+        raise TypeError(f"blocks has to be a number or a sequence of boundaries, and is {boundaries!r}")
+    ends: list[int] = []
+    for boundary in boundaries:
+        if isinstance(boundary, str) and boundary not in names:
+            raise ValueError(f"the boundary {boundary!r} is no unit of this model; there are {', '.join(names)}")
+        if not isinstance(boundary, str | int) or isinstance(boundary, bool):
+            raise TypeError(f"a boundary has to be the name of a unit or its place, and is {boundary!r}")
+        end = (names.index(boundary) if isinstance(boundary, str) else boundary) + 1
+        if not 1 <= end < len(names):
+            raise ValueError(
+                f"the boundary {boundary!r} leaves a block empty: a boundary is the last segment of a block but the "
+                f"last, from 0 (the stem) to {len(names) - 2} ({names[-2] if len(names) > 1 else 'none'})"
+            )
+        if ends and end <= ends[-1]:
+            raise ValueError(f"boundaries have to ascend along the network, and are {list(boundaries)}")
+        ends.append(end)
+    return [*ends, len(names)]
+
+
+def _evenly(weights: list[int], count: int) -> list[int]:
+    small, rest = divmod(len(weights), count)
+    return list(itertools.accumulate(small + (i >= count - rest) for i in range(count)))
+
+
+def _minimax(weights: list[int], count: int) -> list[int]:
+    """Ends of ``count`` non-empty runs whose largest sum is the least possible, by dynamic programming."""
+    total = [0, *itertools.accumulate(weights)]
+    n = len(weights)
+    # best[i]: (the least largest sum of the first i weights in k runs, the ends of those runs)
+    best: list[tuple[int, list[int]] | None] = [(0, [])] + [None] * n
+    for k in range(1, count + 1):
+        now: list[tuple[int, list[int]] | None] = [None] * (n + 1)
+        for i in range(k, n + 1):
+            options = ((max(b[0], total[i] - total[j]), j) for j in range(k - 1, i) if (b := best[j]) is not None)
+            value, j = min(options)
+            before = best[j]
+            assert before is not None
+            now[i] = (value, [*before[1], i])
+        best = now
+    found = best[n]
+    assert found is not None
+    return found[1]
+
+
+_BALANCE: dict[str, Callable[[list[int], int], list[int]]] = {"count": _evenly, "memory": _minimax}
+
+
+def _measure(model: nn.Module, parts: Parts, images: Tensor, by_memory: bool) -> tuple[tuple[Segment, ...], torch.Size]:
+    """Run the example through the parts, and check that together they are the model."""
+    named = [("stem", parts.stem), *parts.units.items()]
+    _check_parameters(model, [*named, ("head", parts.head)])
+    segments = []
+    with evaluating(model), torch.no_grad():
+        expected = model(images)
+        x = images
+        for name, module in named:
+            saved = _saved_bytes(module, x) if by_memory else 0
+            version = x._version
+            y = module(x)
+            segments.append(Segment(name, module, y.shape, saved, x._version != version))
+            x = y
+        output = parts.head(x)
+    if not isinstance(expected, Tensor) or expected.dim() != 2:
+        found = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
+        raise ValueError(f"the model has to return logits (N, num_classes), and returned {found}")
+    if output.shape != expected.shape or not torch.allclose(output, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            f"stem, units and head of {type(model).__name__}, run in a row, do not give what the model itself gives; "
+            "register an adapter that takes the model's forward apart as it is"
+        )
+    return tuple(segments), output.shape
+
+
+def _check_parameters(model: nn.Module, named: list[tuple[str, nn.Module]]) -> None:
+    owner: dict[int, str] = {}
+    for name, module in named:
+        for p in module.parameters():
+            if owner.setdefault(id(p), name) != name:
+                raise ValueError(f"{owner[id(p)]} and {name} share a parameter, so no boundary can come between them")
+    for key, p in model.named_parameters():
+        if id(p) not in owner:
+            raise ValueError(f"the adapter of {type(model).__name__} leaves out the parameter {key}")
+
+
+def _saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes per image that ``module`` saves for backward in training, its input included."""
+    module = copy.deepcopy(module).train()  # a copy, so that running statistics stay as they are
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), saved_bytes_of([*module.parameters(), *module.buffers()]) as meter:
+        module(x.clone().requires_grad_())
+    return meter.peak_bytes // x.shape[0]
+
+
+class evaluating:
+    """Evaluation mode inside the ``with`` block; afterwards every module is in the mode it was in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._modes = [(m, m.training) for m in self._model.modules()]
+        self._model.eval()
+
+    def __exit__(self, *exception: Any) -> None:
+        for m, training in self._modes:
+            m.training = training
+
+
+def modules_of(partition: Partition, block: int) -> Iterator[nn.Module]:
+    """The modules of one block in order, the head included for the last."""
+    for i in partition.blocks[block]:
+        yield partition.segments[i].module
+    if block == len(partition) - 1:
+        yield partition.parts.head

@@ -1,0 +1,124 @@
+"""The rules of local learning, a file each.
+
+A rule says what auxiliary network, with what loss, is put behind each local block. A new rule is a new file here with a
+subclass of :class:`Rule` under ``@register("its name")``; no other file has to change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from torch import Size
+
+from manpp_kernels.local.auxiliary import Auxiliary, Site
+
+
+class Rule:
+    """Base of the rules; an instance holds its options.
+
+    Attributes:
+        Options: the class's dataclass of options, whose defaults are the published ones.
+        name: under which it is registered.
+        momentum: of the EMA updates, for rules that have EMA units.
+        host_defaults: options in place of ``Options``' defaults where the rule hosts MAN or MAN++; None where it
+            cannot be a host.
+    """
+
+    Options: ClassVar[type[Any]]
+    name: ClassVar[str]
+    host_defaults: ClassVar[Mapping[str, Any] | None] = None
+    momentum: float = 0.0
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def default_blocks(self, segments: int) -> int:
+        """K where the user gives none: every segment (the stem and each unit) a block of its own."""
+        return segments
+
+    def check(self, segments: int, blocks: int) -> None:
+        """Raise ValueError where this rule cannot train ``blocks`` local blocks of a model of ``segments``."""
+
+    def auxiliary(self, site: Site) -> Auxiliary:
+        """The auxiliary network of one block; the caller moves it to the model's device and dtype.
+
+        Called for every block but the last, in order; the last trains on the network's own head.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """A rule that has nothing to set."""
+
+
+_rules: dict[str, type[Rule]] = {}
+R = TypeVar("R", bound=type[Rule])
+
+
+def register(name: str) -> Callable[[R], R]:
+    """Class decorator: make a rule known under ``name``."""
+
+    def add(cls: R) -> R:
+        cls.name = name
+        _rules[name] = cls
+        return cls
+
+    return add
+
+
+def names() -> list[str]:
+    """The rules there are."""
+    return sorted(_rules)
+
+
+def make_rule(name: str, options: Any = None, *, hosting: bool = False) -> Rule:
+    """The rule ``name`` with its options.
+
+    Args:
+        name: one of :func:`names`.
+        options: an instance of the rule's ``Options``, or a mapping of some of its fields, or None for the defaults.
+        hosting: the rule is to host MAN or MAN++.
+
+    Raises:
+        ValueError: an unknown rule, one that cannot host, or an option the rule does not have.
+        TypeError: ``options`` is neither a mapping nor of the rule's own class.
+    """
+    cls = _rules.get(name)
+    if cls is None:
+        raise ValueError(f"there is no rule {name!r}; there are {', '.join(names())}")
+    if hosting and cls.host_defaults is None:
+        hosts = [n for n in names() if _rules[n].host_defaults is not None]
+        raise ValueError(f"the rule {name!r} cannot be a host; choose from {', '.join(hosts)}")
+    if options is None or isinstance(options, Mapping):
+        fields = {f.name for f in dataclasses.fields(cls.Options)}
+        unknown = sorted(set(options or ()) - fields)
+        if unknown:
+            there_are = f"it has {', '.join(sorted(fields))}" if fields else "it has none"
+            raise ValueError(f"the rule {name!r} has no option {unknown[0]!r}; {there_are}")
+        options = cls.Options(**{**((cls.host_defaults or {}) if hosting else {}), **(options or {})})
+    if not isinstance(options, cls.Options):
+        raise TypeError(
+            f"the options of the rule {name!r} have to be a mapping or {cls.Options.__name__}, and are "
+            f"{type(options).__name__}"
+        )
+    return cls(options)
+
+
+def choose(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise ValueError where an option is not one of the values it can have."""
+    if value not in allowed:
+        raise ValueError(f"{what} has to be one of {', '.join(map(str, allowed))}, and is {value!r}")
+
+
+def moved(site: Site, features: Size) -> Site:
+    """The same site for an auxiliary network that takes features of another shape."""
+    return dataclasses.replace(site, features=features)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

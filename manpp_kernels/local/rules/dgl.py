@@ -1,0 +1,42 @@
+"""DGL: Belilovsky, Eickenberg and Oyallon, "Decoupled Greedy Learning of CNNs", ICML 2020.
+
+Every block but the last has a small classifier of its own and trains by its cross-entropy::
+
+    L_j = criterion(head_j(x_j), target)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from manpp_kernels.local.auxiliary import Auxiliary, Classifier, Site
+from manpp_kernels.local.heads import Width, dgl_head
+from manpp_kernels.local.rules import Rule, choose, register
+
+
+@dataclass(frozen=True)
+class DglOptions:
+    """Options of DGL.
+
+    Attributes:
+        width: of the local head, ``"narrow"`` as in DGL or ``"wide"`` as the host of MAN++; see
+            :func:`manpp_kernels.local.heads.dgl_head`.
+    """
+
+    width: Width = "narrow"
+
+    def __post_init__(self) -> None:
+        choose("width", self.width, ("narrow", "wide"))
+
+
+@register("dgl")
+class Dgl(Rule):
+    """A local classifier behind every block."""
+
+    Options = DglOptions
+    host_defaults: ClassVar[Mapping[str, Any]] = {"width": "wide"}
+
+    def auxiliary(self, site: Site) -> Auxiliary:
+        return Classifier(dgl_head(site.features, site.num_classes, self.options.width), site.criterion)

@@ -1,0 +1,91 @@
+"""MAN: Su et al., "Momentum Auxiliary Network for Supervised Local Learning", ECCV 2024.
+
+Between a block and the local head of a host rule stands an EMA of the first unit u of the next block, and LB, a
+trainable copy of it::
+
+    phi_j <- m phi_j + (1 - m) theta_u
+    y_j = LB_j(x_j) + EMA_j(x_j)
+    L_j = host's loss on y_j
+
+Only parameters are averaged: the EMA's batch normalisations use batch statistics. y has the shape of u's output, and
+the host's head is built for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from manpp_kernels.local.auxiliary import (
+    INITS,
+    Auxiliary,
+    EmaTransform,
+    Init,
+    Site,
+    SumTransform,
+    Transformed,
+    copy_unit,
+)
+from manpp_kernels.local.rules import Rule, choose, make_rule, moved, register
+
+
+@dataclass(frozen=True)
+class ManOptions:
+    """Options of MAN, which those of MAN++ extend.
+
+    Attributes:
+        host: the rule whose auxiliary network classifies y.
+        host_options: the host's options, a mapping or its dataclass; None for those it has as a host (``"dgl"``: the
+            wide head).
+        momentum: m of the EMA.
+        ema_init: the EMA starts as a ``"copy"`` of the unit it follows, or ``"fresh"`` from the initial distribution.
+        lb_init: the same for the trainable copy.
+    """
+
+    host: str = "dgl"
+    host_options: Any = None
+    momentum: float = 0.995
+    ema_init: Init = "copy"
+    lb_init: Init = "fresh"
+
+    def __post_init__(self) -> None:
+        choose("ema_init", self.ema_init, INITS)
+        choose("lb_init", self.lb_init, INITS)
+        if not 0.0 <= self.momentum <= 1.0:
+            raise ValueError(f"momentum has to lie in [0, 1], and is {self.momentum}")
+        if isinstance(self.host_options, Mapping):
+            object.__setattr__(self, "host_options", dict(self.host_options))
+
+
+@register("man")
+class Man(Rule):
+    """An EMA unit and a trainable one, added, in front of the host's local head."""
+
+    Options = ManOptions
+
+    def __init__(self, options: ManOptions) -> None:
+        super().__init__(options)
+        self.momentum = options.momentum
+        self.host = make_rule(options.host, options.host_options, hosting=True)
+
+    def check(self, segments: int, blocks: int) -> None:
+        if segments < 2:
+            raise ValueError(
+                f"the rule {self.name!r} takes an EMA of the next block's first unit, and the model has no units "
+                "behind its stem; use a model with more units, or rule='e2e'"
+            )
+
+    def auxiliary(self, site: Site) -> Auxiliary:
+        source = site.next_unit
+        fresh = site.partition.parts.init
+        lb = copy_unit(source.module, self.options.lb_init, fresh, trainable=True)
+        ema = copy_unit(source.module, self.options.ema_init, fresh, trainable=False)
+        host = self.host.auxiliary(moved(site, source.shape))
+        return Transformed(self.transform(source.module, lb, ema), host)
+
+    def transform(self, unit: nn.Module, lb: nn.Module, ema: nn.Module) -> EmaTransform:
+        """How LB and EMA become y."""
+        return SumTransform(unit, lb, ema)

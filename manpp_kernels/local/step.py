@@ -1,0 +1,64 @@
+"""What goes into a training step and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step gives, on the device: reading a value from it waits for the step.
+
+    Attributes:
+        losses: the loss of each block, K detached scalars; the last is the network's own.
+        logits: of the network (N, num_classes), detached, in training mode.
+    """
+
+    losses: list[Tensor]
+    logits: Tensor
+
+
+class StepSums:
+    """The losses and logits of a step, gathered over its micro-batches."""
+
+    def __init__(self, parts: list[Batch], blocks: int) -> None:
+        self.images = sum(len(images) for images, _ in parts)
+        self._losses: list[Tensor | float] = [0.0] * blocks
+        self._logits: list[Tensor] = []
+
+    def add(self, block: int, loss: Tensor, share: float, logits: Tensor | None) -> None:
+        self._losses[block] = loss if share == 1.0 else self._losses[block] + loss * share
+        if logits is not None:
+            self._logits.append(logits)
+
+    def result(self) -> StepResult:
+        logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
+        return StepResult([torch.as_tensor(loss) for loss in self._losses], logits)
+
+
+def check_batch(batch: Batch, accumulate: int, blocks: int, num_classes: int) -> None:
+    """Raise ValueError where images and targets do not fit the network or each other."""
+    images, targets = batch
+    if not images.is_floating_point():
+        raise ValueError(f"images have to be of a floating dtype, and are {images.dtype}; scale and normalise them")
+    if len(images) != len(targets):
+        raise ValueError(f"there are {len(images)} images and {len(targets)} targets")
+    least = len(images) // accumulate
+    if least < (2 if blocks > 1 else 1):
+        raise ValueError(
+            f"a batch of {len(images)} in {accumulate} micro-batches leaves {least} images for one, and the batch "
+            "normalisation of the local heads needs 2; drop a smaller last batch (drop_last=True)"
+        )
+    # Where labels lie on an accelerator, looking at them would make every step wait for the one before.
+    if not targets.is_floating_point() and targets.device.type == "cpu":
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"labels lie between {low} and {high}, and the model has {num_classes} classes (0 to "
+                f"{num_classes - 1}); give the model as many outputs as there are classes"
+            )

@@ -1,0 +1,420 @@
+"""``LocalTrainer``: gradient-isolated training of any model, one local block at a time.
+
+trainer = LocalTrainer(model, TrainerConfig(rule="man++"), example=(3, 32, 32))
+trainer.fit(train_loader, epochs=100, val_loader=val_loader, checkpoint_dir="run")
+trainer.export_state_dict()          # the model's own, as ever
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manpp_kernels import checkpoint
+from manpp_kernels.local.auxiliary import Criterion
+from manpp_kernels.local.config import AMP_DTYPES, TrainerConfig
+from manpp_kernels.local.epoch import EpochTotals, batches_from, deferred_interrupt
+from manpp_kernels.local.memory import SavedTensorMeter
+from manpp_kernels.local.network import LocalBlock, LocalNetwork
+from manpp_kernels.local.partition import adapt, evaluating, example_images, partition
+from manpp_kernels.local.rules import make_rule
+from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
+
+__all__ = ["CHECKPOINT_NAME", "LocalTrainer", "StepResult", "TrainerConfig"]
+
+CHECKPOINT_NAME = "checkpoint.pt"
+
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+
+
+class LocalTrainer:
+    """Trains a model by a rule of local learning; the model that comes out is the user's own.
+
+    Args:
+        model: a model with an adapter (see :mod:`manpp_kernels.local.partition`), trained in place.
+        config: every setting.
+        example: a batch of images, or the shape of an image (C, H, W), to measure features with.
+        num_classes: checked against the model's output; None takes it from there.
+        optimizer: from a list of parameters to an optimizer; called once, in the unlocked order once a block. None is
+            SGD by the config.
+        scheduler: from an optimizer to a learning-rate scheduler; None keeps the rate.
+        criterion: loss of logits and targets, a mean over the batch; None is cross-entropy.
+        device: where to train; None leaves the model where it is.
+
+    Attributes:
+        model, config, device, network: what is trained; ``network`` holds the local blocks.
+        epoch, position: epochs done, and batches done of the current one.
+        history: a row for each epoch done.
+        interrupted: whether the last ``fit`` was ended by Ctrl-C.
+
+    Raises:
+        ValueError: the rule, its options, the blocks or the classes cannot be; the message says what to change.
+        TypeError: there is no adapter for the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainerConfig | None = None,
+        *,
+        example: Any,
+        num_classes: int | None = None,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        criterion: Criterion | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.config = config = config or TrainerConfig()
+        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        rule = make_rule(config.rule, config.rule_options)
+        self._layout = torch.channels_last if config.channels_last else torch.preserve_format
+        self.model = model.to(self.device)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        images = example_images(example, self.device)
+        blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
+        parts = partition(model, blocks, example=images, balance=config.balance)
+        self._criterion = criterion or functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+        self.network = LocalNetwork(parts, rule, self._criterion, num_classes).to(memory_format=self._layout)
+        self._amp_dtype = AMP_DTYPES[config.amp]
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        if config.compile is not None:
+            for block in self.network:
+                block.body.compile(backend=config.compile)
+
+        self._unlocked = config.order == "unlocked"
+        self._ema = [self.network.ema_updates()] if self._unlocked else self.network.ema_updates_by_block()
+        make = optimizer or self._default_optimizer
+        self._by_block = by_block = [block.trainable() for block in self.network]
+        groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
+        self.optimizers = [make(group) for group in groups]
+        self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
+
+        self.epoch = 0
+        self.position = 0
+        self.history: list[dict[str, Any]] = []
+        self.interrupted = False
+        self._totals = EpochTotals()
+        self._epoch_start: dict[str, Any] | None = None  # the generators at the start of the current epoch
+        self._loaded_rng: dict[str, Any] | None = None  # from a checkpoint, until fit has the loader's generators
+        self._generators: list[torch.Generator] = []
+        self._stepping = False
+
+    def _default_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        c = self.config
+        return torch.optim.SGD(
+            parameters, c.learning_rate, momentum=c.sgd_momentum, nesterov=c.nesterov, weight_decay=c.weight_decay
+        )
+
+    # One step
+
+    def step(self, batch: Batch) -> StepResult:
+        """Train every block on one batch.
+
+        Args:
+            batch: images (N, ...) of a floating dtype, and targets: class numbers (N,), or what the criterion takes.
+
+        Raises:
+            ValueError: the batch does not fit the network (labels are checked where they lie on the CPU).
+        """
+        check_batch(batch, self.config.accumulate, len(self.network), self.network.num_classes)
+        images, targets = self._on_device(batch)
+        count = self.config.accumulate
+        parts = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
+        self.network.train()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self._stepping = True
+        result = self._step_unlocked(parts) if self._unlocked else self._step_published(parts)
+        if self.config.schedule == "step":
+            self._step_schedulers()
+        self._stepping = False
+        return result
+
+    def _step_published(self, parts: list[Batch]) -> StepResult:
+        """For each block forward, backward, EMA update; then the optimizer, once for all."""
+        sums = StepSums(parts, len(self.network))
+        for i, (images, targets) in enumerate(parts):
+            x = images
+            for j, block in enumerate(self.network):
+                x = self._forward_backward(block, x, images, targets, sums, j)
+                if i == len(parts) - 1:
+                    self._ema[j].update()
+        self._optimize(self.optimizers[0], self._by_block)
+        self._scaler.update()
+        return sums.result()
+
+    def _step_unlocked(self, parts: list[Batch]) -> StepResult:
+        """All EMA updates; then for each block forward, backward, optimizer, and its gradients are gone."""
+        sums = StepSums(parts, len(self.network))
+        self._ema[0].update()
+        xs = [images for images, _ in parts]
+        for j, (block, optimizer) in enumerate(zip(self.network, self.optimizers, strict=True)):
+            for i, (images, targets) in enumerate(parts):
+                xs[i] = self._forward_backward(block, xs[i], images, targets, sums, j)
+            block.release()
+            self._optimize(optimizer, [self._by_block[j]])
+            optimizer.zero_grad(set_to_none=True)
+        self._scaler.update()
+        return sums.result()
+
+    def _forward_backward(
+        self, block: LocalBlock, x: Tensor, images: Tensor, targets: Tensor, sums: StepSums, j: int
+    ) -> Tensor:
+        """One micro-batch through one block; returns what the next block takes."""
+        with self._autocast():
+            features, loss, logits = block(x, images, targets)
+        share = len(images) / sums.images
+        self._scaler.scale(loss if share == 1.0 else loss * share).backward()
+        sums.add(j, loss.detach(), share, logits)
+        return features
+
+    def _optimize(self, optimizer: torch.optim.Optimizer, blocks: list[list[nn.Parameter]]) -> None:
+        """Clip the gradients of each block, and step."""
+        if self.config.clip_norm is not None:
+            self._scaler.unscale_(optimizer)
+            for parameters in blocks:
+                nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        self._scaler.step(optimizer)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._amp_dtype)
+
+    def _step_schedulers(self) -> None:
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+    def _on_device(self, batch: Batch) -> Batch:
+        images, targets = batch
+        images = images.to(self.device, non_blocking=True)
+        if images.dim() == 4:
+            images = images.to(memory_format=self._layout)
+        return images, targets.to(self.device, non_blocking=True)
+
+    # Many steps
+
+    def fit(
+        self,
+        loader: Iterable[Batch],
+        epochs: int,
+        *,
+        val_loader: Iterable[Batch] | None = None,
+        on_step: Callable[[LocalTrainer, StepResult], None] | None = None,
+        on_epoch: Callable[[LocalTrainer, dict[str, Any]], None] | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool | str | Path = False,
+    ) -> list[dict[str, Any]]:
+        """Train until ``epochs`` epochs are done, those done before (or in a resumed checkpoint) included.
+
+        Resuming is exact, in the middle of an epoch too, for a loader whose order is a function of the random number
+        generators (Python's, NumPy's, torch's, or ``torch.Generator`` objects of the loader and its samplers) or of
+        ``set_epoch`` of the loader or its sampler, which is called with the number of epochs done.
+
+        Args:
+            loader: batches (images, targets), anew for every epoch.
+            epochs: how many in all.
+            val_loader: evaluated after every epoch.
+            on_step: called after every step with the trainer and its :class:`StepResult`.
+            on_epoch: called after every epoch with the trainer and its row of the history.
+            checkpoint_dir: where ``checkpoint.pt`` is written after every epoch and on Ctrl-C.
+            checkpoint_every: also write it every so many steps.
+            resume: True for the checkpoint in ``checkpoint_dir``, or the path of one.
+
+        Returns:
+            The history, a row for each epoch: ``epoch`` (from 1), ``train_loss`` and ``train_acc`` (the network's own,
+            over the epoch's steps), ``val_loss`` and ``val_acc`` (None without ``val_loader``), ``lr``, ``seconds`` (of
+            the training), ``seconds_per_step`` (without the first, which measures memory), ``images_per_second``,
+            ``peak_memory_bytes`` and ``memory`` (what that is: on CUDA the allocator's peak over the epoch, elsewhere
+            the peak of live saved tensors in its first step).
+
+            Ctrl-C ends it after the step at hand: the checkpoint is written, ``interrupted`` is set, and the history
+            so far is returned. A second Ctrl-C ends it at once.
+        """
+        path = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
+        if resume is True and path is None:
+            raise ValueError(
+                "resume=True continues from checkpoint_dir, which is not given; give it or a path to resume"
+            )
+        if resume:
+            self.load(path if resume is True and path is not None else Path(str(resume)))
+        self._generators = checkpoint.loader_generators(loader)
+        self.interrupted = self._stepping = False
+        with deferred_interrupt() as interrupt:
+            try:
+                while self.epoch < epochs and not interrupt.is_set():
+                    if self._train_epoch(loader, interrupt, on_step, path, checkpoint_every):
+                        self._finish_epoch(val_loader)
+                        if path is not None:
+                            self.save(path)
+                        if on_epoch is not None:
+                            on_epoch(self, self.history[-1])
+            except KeyboardInterrupt:
+                if self._stepping:  # half a step is no state to save
+                    raise
+                interrupt.set()
+            self.interrupted = interrupt.is_set()
+            if self.interrupted and path is not None:
+                self.save(path)
+        return self.history
+
+    def _train_epoch(
+        self,
+        loader: Iterable[Batch],
+        interrupt: threading.Event,
+        on_step: Callable[[LocalTrainer, StepResult], None] | None,
+        path: Path | None,
+        every: int | None,
+    ) -> bool:
+        """The rest of an epoch; False where it was interrupted."""
+        totals, cuda = self._totals, self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        last = time.perf_counter()
+        for i, batch in enumerate(self._batches(loader)):
+            if i == 0 and self.config.measure_memory and not cuda and self.config.compile is None:
+                with SavedTensorMeter(self.persistent_tensors()) as meter:
+                    result = self.step(batch)
+                totals.peak_memory = max(totals.peak_memory, meter.peak_bytes)
+            else:
+                result = self.step(batch)
+            self.position += 1
+            totals.add(result.losses[-1], result.logits, batch[1])
+            if i == 0:
+                self._synchronize()
+            now = time.perf_counter()
+            totals.tick(now - last, timed=i > 0)
+            last = now
+            if on_step is not None:
+                on_step(self, result)
+            if path is not None and every and self.position % every == 0:
+                self.save(path)
+                last = time.perf_counter()
+            if interrupt.is_set():
+                return False
+        self._synchronize()
+        totals.tick(time.perf_counter() - last, timed=True, steps=0)
+        if cuda:
+            totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device))
+        return True
+
+    def _batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        now = self._loaded_rng or checkpoint.rng_state(self._generators)
+        self._loaded_rng = None
+        if self.position == 0:
+            self._epoch_start = now
+        return batches_from(loader, self.epoch, self.position, self._epoch_start, now, self._generators)
+
+    def _finish_epoch(self, val_loader: Iterable[Batch] | None) -> None:
+        if self._totals.images == 0:
+            raise ValueError("the loader gave no batch; has the data fewer images than a batch, with drop_last=True?")
+        validation = self.evaluate(val_loader) if val_loader is not None else {}
+        self.history.append(
+            {
+                "epoch": self.epoch + 1,
+                "val_loss": validation.get("loss"),
+                "val_acc": validation.get("accuracy"),
+                "lr": float(self.optimizers[0].param_groups[0]["lr"]),
+                **self._totals.row(),
+                "memory": "cuda allocator peak" if self.device.type == "cuda" else "live saved tensors peak",
+            }
+        )
+        if self.config.schedule == "epoch":
+            self._step_schedulers()
+        self.epoch, self.position, self._totals, self._epoch_start = self.epoch + 1, 0, EpochTotals(), None
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
+        """The deployed model, in evaluation mode: ``accuracy`` (0 to 1), mean ``loss``, and ``images``."""
+        totals = EpochTotals()
+        with evaluating(self.model):
+            for batch in loader:
+                images, targets = self._on_device(batch)
+                with self._autocast():
+                    logits = self.model(images)
+                    loss = self._criterion(logits, targets)
+                totals.add(loss, logits, targets)
+        if totals.images == 0:
+            raise ValueError("the loader gave no batch to evaluate")
+        row = totals.row()
+        return {"accuracy": row["train_acc"], "loss": row["train_loss"], "images": totals.images}
+
+    # What comes out, and what is kept
+
+    def persistent_tensors(self) -> list[Tensor]:
+        """Parameters, EMAs and buffers: in memory whether or not there is a graph."""
+        return self.network.persistent_tensors()
+
+    def export_state_dict(self) -> dict[str, Tensor]:
+        """The user's model's own ``state_dict``: the same keys, nothing auxiliary; copies on the CPU."""
+        return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint atomically: all that the next step depends on."""
+        checkpoint.write(
+            path,
+            {
+                "kind": self._kind(),
+                "model": self.model.state_dict(),
+                "auxiliary": self.network.auxiliary_state_dict(),
+                "optimizers": [o.state_dict() for o in self.optimizers],
+                "schedulers": [s.state_dict() for s in self.schedulers],
+                "scaler": self._scaler.state_dict(),
+                "progress": {"epoch": self.epoch, "position": self.position},
+                "totals": dataclasses.asdict(self._totals),
+                "history": self.history,
+                "epoch_start": self._epoch_start,
+                "rng": self._loaded_rng or checkpoint.rng_state(self._generators),
+            },
+        )
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
+        """
+        state = checkpoint.read(path)
+        checkpoint.check_kind(state["kind"], self._kind())
+        checkpoint.check_tensors("model", state["model"], self.model.state_dict())
+        checkpoint.check_tensors("auxiliary networks", state["auxiliary"], self.network.auxiliary_state_dict())
+        checkpoint.check_optimizers(state["optimizers"], self.optimizers)
+        checkpoint.check_schedulers(state["schedulers"], self.schedulers)
+
+        self.model.load_state_dict(state["model"])
+        self.network.load_auxiliary_state_dict(state["auxiliary"])
+        for each, loaded in zip(
+            self.optimizers + self.schedulers, state["optimizers"] + state["schedulers"], strict=True
+        ):
+            each.load_state_dict(loaded)
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["scaler"])
+        self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]
+        self._totals = EpochTotals(**state["totals"])
+        self.history = state["history"]
+        self._epoch_start, self._loaded_rng = state["epoch_start"], state["rng"]
+        # The loader's own generators follow in fit, which has the loader.
+        checkpoint.set_rng_state({**state["rng"], "generators": []})
+
+    def _kind(self) -> dict[str, object]:
+        return {**self.network.describe(), "order": self.config.order, "amp": self.config.amp}
