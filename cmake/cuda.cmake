@@ -1,7 +1,5 @@
 # The CUDA kernels, compiled into _C. No GPU is needed to build.
 enable_language(CUDA)
-set(CMAKE_CUDA_STANDARD 20)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
 # Architectures as PyTorch's users name them: "8.0;9.0;10.0+PTX", separated by semicolons, commas or spaces.
 set(arch_list "$ENV{TORCH_CUDA_ARCH_LIST}")
@@ -9,7 +7,6 @@ if(NOT arch_list)
   set(arch_list "8.0;9.0;10.0+PTX")
 endif()
 string(REGEX REPLACE "[ ,]+" ";" arch_list "${arch_list}")
-set(CMAKE_CUDA_ARCHITECTURES OFF)
 set(gencode "")
 set(names "")
 foreach(arch IN LISTS arch_list)
@@ -39,8 +36,9 @@ target_sources(_C PRIVATE
 target_compile_definitions(_C PRIVATE
   USE_CUDA MANPP_WITH_CUDA MANPP_CUDA_ARCHITECTURES="${names}")
 target_compile_options(_C PRIVATE
-  # One thread an architecture: they are compiled independently.
-  "$<$<COMPILE_LANGUAGE:CUDA>:${gencode};--threads=0;-Xptxas=-v;--expt-relaxed-constexpr;-Xcompiler=-fvisibility=hidden>")
+  # The standard as a flag, because CMake knows only the compilers older than itself. One thread an architecture: they
+  # are compiled independently.
+  "$<$<COMPILE_LANGUAGE:CUDA>:${gencode};-std=c++20;--threads=0;-Xptxas=-v;--expt-relaxed-constexpr;-Xcompiler=-fvisibility=hidden>")
 # The static runtime: the library then needs no libcudart, and loads under a PyTorch that came without CUDA.
-set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_ARCHITECTURES OFF)
 target_link_libraries(_C PRIVATE dl)

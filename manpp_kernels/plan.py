@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from manpp_kernels import backends
+from manpp_kernels._library import library
 from manpp_kernels.ops import _checks
 from manpp_kernels.ops import ema_scale_update as op
 
+# Builds a plan in the compiled library and returns its address; 0 where an operand's layout needs a copy every step.
+library.define(
+    "_plan_create(Tensor[] ema, Tensor[] params, Tensor[] bias, int[] groups, float total, Tensor[] out) -> int"
+)
+
+# The numbers by which the compiled library knows the dtypes of a momentum and a scale in device memory.
+_DTYPE_NUMBER = {dtype: number for number, dtype in enumerate(_checks.EMA_DTYPES)}
+
+
+def _library_functions() -> tuple[int, int, int]:
+    """The addresses of the compiled library's plan functions."""
+    from manpp_kernels import _C
+
+    functions = ctypes.CDLL(_C.__file__)
+    names = ("manpp_plan_update", "manpp_plan_error", "manpp_plan_delete")
+    update, error, delete = (ctypes.cast(getattr(functions, name), ctypes.c_void_p).value or 0 for name in names)
+    return update, error, delete
+
 
 class EmaPlan:
-    """An EMA update of fixed lists of tensors, prepared once.
+    """An EMA update of fixed lists of tensors, prepared once: the fast form of :func:`manpp_kernels.ema_scale_update`.
+
+    An update costs microseconds on the host, whatever the number of tensors, allocates nothing and never waits for the
+    device; it can be captured in a CUDA graph. A plan notices a tensor whose memory has moved (an assignment to
+    ``.data``, ``module.to()``, ``resize_``), builds itself anew and carries on: it never writes through an address that
+    has gone stale. (Inside a CUDA graph the addresses are those of the capture.)
 
     Args:
         ema, params, bias, groups, total, rounding: as for :func:`manpp_kernels.ema_scale_update`. The plan keeps
-            references to the tensors; ``bias`` asks for effective weights, whose scale comes with every update.
+            references to the tensors. ``bias`` asks for effective weights, whose scale comes with every update.
+
+    Attributes:
+        weights: the effective weights, None without ``bias``. They stand at fixed addresses: every update overwrites
+            them, so a graph that uses them has to have run its backward pass by then (autograd checks that it has).
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`manpp_kernels.ema_scale_update`, and ValueError for
+            tensors on more than one device.
     """
 
     def __init__(
@@ -29,21 +64,123 @@ class EmaPlan:
         total: float = 2.0,
         rounding: op.Rounding = "nearest",
     ) -> None:
-        self.ema, self.params = _checks.as_list("ema", ema), _checks.as_list("params", params)
-        self.bias = None if bias is None else _checks.as_list("bias", bias)
-        self.groups, self.total, self.rounding = groups, total, rounding
+        self.ema = [ema] if isinstance(ema, Tensor) else list(ema)
+        self.params = [params] if isinstance(params, Tensor) else list(params)
+        self.bias = [bias] if isinstance(bias, Tensor) else None if bias is None else list(bias)
+        self.groups = None if groups is None else list(groups)
+        self.total, self.rounding = float(total), rounding
+        self.weights: list[Tensor] | None = None
+        self._build()
 
-    @torch.no_grad()
+    def _build(self) -> None:
+        scale = None
+        if self.bias is not None:
+            # How many entries scale has shows at the first update; the groups are checked against it there.
+            entries = max(self.groups, default=0) + 1 if self.groups else 1
+            scale = torch.empty(max(entries, 1), device=self.ema[0].device if self.ema else "cpu")
+        with torch.no_grad():  # whether ema may be written is asked at every update
+            op.check_arguments(self.ema, self.params, 0.0, scale, self.bias, self.groups, self.total, self.rounding)
+        devices = {e.device for e in self.ema}
+        if len(devices) > 1:
+            raise ValueError(f"a plan works on one device, and there are ema tensors on {sorted(map(str, devices))}")
+        self.device = next(iter(devices), torch.device("cpu"))
+        if self.bias is not None:
+            self.weights = [torch.empty_like(b, requires_grad=False) for b in self.bias]
+        self._seed = torch.empty((), dtype=torch.int64, device=self.device) if self.rounding == "stochastic" else None
+        self._requires_grad = any(e.requires_grad for e in self.ema)
+        # What the backend changes when it is asked for another; see _launcher.
+        self._backend: str | None = None
+        self._native: Any = None
+        self._simple = False
+
+    def _launcher(self) -> None:
+        """Prepares the launch on the backend in force."""
+        self._backend = backends.override(self.device)
+        self._native = None
+        self._simple = False
+        if not self.ema or backends.selected(self.device) not in ("cpu", "cuda"):
+            return
+        from manpp_kernels import _plan
+
+        address = torch.ops.manpp_kernels._plan_create(
+            self.ema, self.params, self.bias or [], self.groups or [], self.total, self.weights or []
+        )
+        if address:
+            self._native = _plan.Plan(address, *_library_functions())
+            self._simple = self.bias is None and self._seed is None and not self._requires_grad
+
     def update(self, momentum: float | Tensor, scale: Tensor | None = None) -> list[Tensor] | None:
-        """One step of the EMA, and with ``bias`` the effective weights, differentiable in scale and bias."""
-        with torch.set_grad_enabled(self.bias is not None):
-            return op.ema_scale_update(
-                self.ema,
-                self.params,
-                momentum,
-                scale=scale,
-                bias=self.bias,
-                groups=self.groups,
-                total=self.total,
-                rounding=self.rounding,
-            )  # type: ignore[call-overload]
+        """Move the EMA one step, in place; with ``bias``, compute the effective weights in the same pass.
+
+        Args:
+            momentum: a float in [0, 1], or a 0-dim floating tensor on the device, whose value is not checked.
+            scale: 0-dim, or one entry per group; exactly where the plan has ``bias``.
+
+        Returns:
+            None, or the effective weights: :attr:`weights`, as differentiable functions of scale and bias.
+        """
+        # The common case first: every attribute looked up here is host time of every training step.
+        if self._simple and type(momentum) is float and 0.0 <= momentum <= 1.0 and scale is None:
+            if backends.override(self.device) == self._backend and self._native.update(momentum):
+                torch._C._increment_version(self.ema)
+                return None
+        return self._update(momentum, scale)
+
+    def _update(self, momentum: float | Tensor, scale: Tensor | None) -> list[Tensor] | None:
+        _checks.check_momentum(momentum, self.device)
+        _checks.check_scale(scale, self.bias, self.groups, self.total, len(self.ema))
+        if scale is not None and scale.device != self.device:
+            raise ValueError(f"scale is on {scale.device}, ema on {self.device}")
+        _checks.check_writable(self.ema)
+        if self._native is None or backends.override(self.device) != self._backend:
+            self._launcher()
+        if not self._run_native(momentum, scale):
+            self._build()
+            self._launcher()
+            if not self._run_native(momentum, scale):
+                self._run_operator(momentum, scale)
+        torch.autograd.graph.increment_version(self.ema + (self.weights or []))
+        if self.weights is None or self.bias is None or scale is None:
+            return None
+        return op.attach_effective_weights(self.weights, scale, self.bias, self.ema, self.groups or [], self.total)
+
+    def _run_native(self, momentum: float | Tensor, scale: Tensor | None) -> bool:
+        """Whether the compiled plan ran: it does not where there is none, or where a tensor has moved."""
+        if self._native is None:
+            return False
+        if self._seed is not None:
+            self._seed.random_()
+        tensor = isinstance(momentum, Tensor)
+        scale = None if scale is None else scale.detach().contiguous()
+        return self._native.update_with(
+            0.0 if tensor else float(momentum),
+            momentum.data_ptr() if isinstance(momentum, Tensor) else 0,
+            _DTYPE_NUMBER[momentum.dtype] if isinstance(momentum, Tensor) else 0,
+            0 if scale is None else scale.data_ptr(),
+            0 if scale is None else _DTYPE_NUMBER[scale.dtype],
+            0 if self._seed is None else self._seed.data_ptr(),
+        )
+
+    def _run_operator(self, momentum: float | Tensor, scale: Tensor | None) -> None:
+        """By the operator: on another backend, or with layouts that need a copy every step."""
+        if not self.ema:
+            return
+        op._update(
+            self.device,
+            [e.detach() for e in self.ema],
+            [p.detach() for p in self.params],
+            0.0 if isinstance(momentum, Tensor) else float(momentum),
+            momentum.detach() if isinstance(momentum, Tensor) else None,
+            None if scale is None else scale.detach().contiguous(),
+            [b.detach() for b in self.bias or []],
+            self.groups or [],
+            self.total,
+            op.draw_seed(self.device) if self.rounding == "stochastic" else None,
+            self.weights or [],
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmaPlan:
+        raise TypeError("an EmaPlan stands for the tensors it was built on; build another on the copies")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an EmaPlan holds addresses and cannot be pickled; build it where it is used")

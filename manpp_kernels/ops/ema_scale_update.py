@@ -269,7 +269,7 @@ def _update_on(
         [p.detach() for p in pick(params)],
         0.0 if as_tensor else float(momentum),
         momentum.detach() if isinstance(momentum, Tensor) else None,
-        None if scale is None else scale.detach(),
+        None if scale is None else scale.detach().contiguous(),
         [b.detach() for b in pick(bias)],
         pick(groups),
         float(total),
