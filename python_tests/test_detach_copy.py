@@ -94,7 +94,8 @@ def test_special_values_and_bits(target: Target) -> None:
     for dtype in DTYPES:
         y = detach_copy(x, dtype=dtype)
         torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
-        assert torch.equal(torch.signbit(y), torch.signbit(x.to(dtype)))
+        # The sign of a NaN that is cast is nobody's promise (x86's and torch's own differ), that of a zero is.
+        assert torch.equal(torch.signbit(y)[~x.isnan()], torch.signbit(x)[~x.isnan()])
     payload = torch.tensor([0x7FC12345, 0x00000001], dtype=torch.int32, device=target.device).view(torch.float32)
     assert torch.equal(detach_copy(payload).view(torch.int32), payload.view(torch.int32)), (
         "a plain copy keeps every bit"

@@ -383,8 +383,8 @@ def test_inference_mode_and_parameters(target: Target) -> None:
 
 
 def test_meta_tensors() -> None:
-    ema, params, bias = torch.randn(3, 2, 8, device="meta").unbind()
-    weights = ema_scale_update(list(ema), list(params), 0.9, scale=torch.ones((), device="meta"), bias=list(bias))
+    ema, params, bias = ([torch.empty(8, device="meta") for _ in range(2)] for _ in range(3))
+    weights = ema_scale_update(ema, params, 0.9, scale=torch.ones((), device="meta"), bias=bias)
     assert [w.shape for w in weights] == [(8,), (8,)]
     assert weights[0].is_meta
 

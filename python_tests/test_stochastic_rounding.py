@@ -46,6 +46,17 @@ def test_between_the_neighbours(target: Target, dtype: torch.dtype) -> None:
     assert 0.4 < (got == high)[inside].double().mean() < 0.6, "both ways, about as often"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_every_layout(target: Target, dtype: torch.dtype, layout: str) -> None:
+    ema = Sample((3, 5, 7, 2), dtype, layout, device=target.device)
+    x = torch.randn(3, 5, 7, 2, device=target.device)
+    ema_scale_update(ema.view, x, 0.0, rounding="stochastic")
+    low, high = neighbours(x, dtype)
+    assert ((ema.view == low) | (ema.view == high)).all()
+    assert ema.surroundings_untouched()
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("value", [1.001, -1.001, 0.3, 1.9999, 1e-3, 3.14159e4, 6.1e-5, 3e-5, -1.23e-6, 4e-8])
 def test_unbiased(target: Target, dtype: torch.dtype, value: float) -> None:

@@ -95,11 +95,9 @@ def ema_scale_update(
             x = updated.to(torch.float32)
             bits = random_bits(seed, i, e.numel())
             flat = round_stochastically(_storage_order(x, e), e.dtype, bits)
-            # Writing through the same permutation puts each element back where it came from.
-            scattered = torch.empty_like(e, memory_format=torch.preserve_format)
-            index = torch.arange(e.numel(), device=e.device)
-            scattered.reshape(-1)[_storage_order(index.view(e.shape), e)] = flat
-            updated = scattered
+            # Scattering by the same permutation puts each element back where it came from.
+            index = torch.arange(e.numel(), device=e.device).view(e.shape)
+            updated = torch.empty_like(flat).index_copy_(0, _storage_order(index, e), flat).view(e.shape)
         e.copy_(updated)
         if bias:
             assert scale is not None
@@ -152,9 +150,8 @@ def scale_bias_mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _arithmetic_dtype(grad)
     g, s = grad.to(dtype), _per_channel(scale, grad).to(dtype)
-    nothing = grad.new_empty(0)
-    grad_lb = (s * g).to(grad.dtype) if need_lb else nothing
-    grad_ema = ((total - s) * g).to(grad.dtype) if need_ema else nothing
+    grad_lb = (s * g).to(grad.dtype) if need_lb else grad.new_empty(0)
+    grad_ema = ((total - s) * g).to(grad.dtype) if need_ema else grad.new_empty(0)
     if lb_out is None or ema_out is None:
         return grad_lb, grad_ema, scale.new_empty(0)
     product = g * (lb_out.to(dtype) - ema_out.to(dtype))

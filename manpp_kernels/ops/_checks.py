@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 ROUNDINGS = ("nearest", "stochastic")
 EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +43,7 @@ def check_total(total: float) -> None:
     """A finite number."""
     if isinstance(total, bool) or not isinstance(total, int | float):
         raise TypeError(f"total has to be a float, and is {type(total).__name__}")
-    if not math.isfinite(total):
+    if not -math.inf < total < math.inf:  # False for NaN too; unlike isfinite, torch.compile can trace it
         raise ValueError(f"total has to be finite, and is {total}")
 
 
@@ -133,6 +134,9 @@ def _bytes_of(t: Tensor, start: int, end: int) -> Tensor:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share a byte, given that the stretches of memory they lie in do."""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
     start = min(a.data_ptr(), b.data_ptr())
     end = max(a.data_ptr() + _extent(a), b.data_ptr() + _extent(b))
     return bool((_bytes_of(a, start, end) & _bytes_of(b, start, end)).any())
@@ -143,7 +147,8 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
     spans = []
     for is_written, named in ((True, written), (False, read)):
         for name, i, t in named:
-            if t.numel():
+            # Meta and fake tensors have no memory; what traces with them checks the real ones where it runs.
+            if t.numel() and not t.is_meta and not isinstance(t, FakeTensor):
                 if is_written and not t.is_contiguous():
                     _check_no_internal_overlap(name, i, t)
                 start = t.data_ptr()
