@@ -27,7 +27,7 @@ from manpp_kernels.local.config import AMP_DTYPES, TrainerConfig
 from manpp_kernels.local.epoch import EpochTotals, batches_from, deferred_interrupt
 from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
-from manpp_kernels.local.partition import adapt, evaluating, example_images, partition
+from manpp_kernels.local.partition import adapt, evaluating, partition
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
 
@@ -84,9 +84,8 @@ class LocalTrainer:
         self.model = model.to(self.device)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        images = example_images(example, self.device)
         blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
-        parts = partition(model, blocks, example=images, balance=config.balance)
+        parts = partition(model, blocks, example=example, balance=config.balance)
         self._criterion = criterion or functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
         self.network = LocalNetwork(parts, rule, self._criterion, num_classes).to(memory_format=self._layout)
         self._amp_dtype = AMP_DTYPES[config.amp]

@@ -75,9 +75,10 @@ Width = Literal["narrow", "wide"]
 
 
 def _narrow(channels: int, side: int, num_classes: int) -> list[nn.Module]:
-    size = min(2, side)
+    quarter = math.ceil(side / 4)
+    size = min(2, quarter)
     return [
-        AveragePool(math.ceil(side / 4)),
+        AveragePool(quarter),
         *_conv_layers(channels, channels, 3),
         AveragePool(size),
         nn.Flatten(),

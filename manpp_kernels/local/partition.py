@@ -223,7 +223,7 @@ def partition(
             f"blocks is {count}, and {type(model).__name__} can be divided into 1 to {len(names)} local blocks "
             f"(the stem and {len(names) - 1} units); choose a number in between"
         )
-    images = example_images(example, next(model.parameters()).device)
+    images = example_images(example, next(model.parameters()))
     by_memory = balance == "memory" and ends is None and count < len(names)
     segments, output_shape = _measure(model, parts, images, by_memory)
     if ends is None:
@@ -233,17 +233,17 @@ def partition(
     return Partition(model, parts, segments, ranges, images.shape, output_shape)
 
 
-def example_images(example: Any, device: torch.device) -> Tensor:
-    """At most two images for measuring shapes: from a batch, or drawn for a shape (C, H, W) or (N, C, H, W)."""
+def example_images(example: Any, like: Tensor) -> Tensor:
+    """At most two images of the device and dtype of ``like``, for measuring shapes: from a batch, or drawn for a shape (C, H, W) or (N, C, H, W)."""
     if isinstance(example, tuple | list) and example and isinstance(example[0], Tensor):
         example = example[0]
     if isinstance(example, Tensor):
-        return example[:2].to(device)
+        return example[:2].to(like)
     if not isinstance(example, tuple | list) or not example or not all(isinstance(n, int) for n in example):
         raise TypeError(f"example has to be a batch of images or the shape of one, and is {example!r}")
     shape = tuple(example)[-3:] if len(example) >= 3 else tuple(example)
     # A generator of its own: measuring must not move the random numbers that training draws.
-    return torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 def _ends(boundaries: Boundaries, names: list[str]) -> list[int]:
