@@ -33,16 +33,19 @@ MixGradients mix_gradients(
     bool need_lb,
     bool need_ema) {
   auto [g, layout] = with_channel_layout(grad, scale);
-  const int64_t none = 0;
-  Tensor nothing = torch::stable::new_empty(grad, {&none, 1});
+  // A new one each time: no two results of an operator may be the same tensor.
+  auto nothing = [](const Tensor& like) {
+    const int64_t none = 0;
+    return torch::stable::new_empty(like, {&none, 1});
+  };
   bool need_scale = lb_out && ema_out;
   MixGradients t{
       g,
-      need_scale ? matching(*lb_out, g) : nothing,
-      need_scale ? matching(*ema_out, g) : nothing,
-      need_lb ? empty_with_layout(g, g) : nothing,
-      need_ema ? empty_with_layout(g, g) : nothing,
-      need_scale ? torch::stable::empty_like(scale) : torch::stable::new_empty(scale, {&none, 1}),
+      need_scale ? matching(*lb_out, g) : nothing(grad),
+      need_scale ? matching(*ema_out, g) : nothing(grad),
+      need_lb ? empty_with_layout(g, g) : nothing(grad),
+      need_ema ? empty_with_layout(g, g) : nothing(grad),
+      need_scale ? torch::stable::empty_like(scale) : nothing(scale),
       layout,
       need_scale};
   STD_TORCH_CHECK(

@@ -1,6 +1,8 @@
 // The launch plan on the side of the operators: what holds the tables and watches the tensors.
+#include <algorithm>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "cpu/ema_scale_update.h"
 #include "plan_abi.h"
@@ -20,10 +22,13 @@ namespace {
 struct Watched {
   Tensor tensor;
   const void* address;
-  int64_t numel;
   int32_t dtype;
+  std::vector<int64_t> layout; // sizes, then strides: .data may come to be another view of the same memory
 
-  explicit Watched(const Tensor& t) : tensor(t), address(t.data_ptr()), numel(t.numel()), dtype(type_of(t)) {}
+  explicit Watched(const Tensor& t) : tensor(t), address(t.data_ptr()), dtype(type_of(t)) {
+    layout.insert(layout.end(), t.sizes().begin(), t.sizes().end());
+    layout.insert(layout.end(), t.strides().begin(), t.strides().end());
+  }
 
   static int32_t type_of(const Tensor& t) {
     int32_t type = 0;
@@ -31,7 +36,14 @@ struct Watched {
     return type;
   }
   bool moved() const {
-    return tensor.data_ptr() != address || tensor.numel() != numel || type_of(tensor) != dtype;
+    if (tensor.data_ptr() != address || type_of(tensor) != dtype) {
+      return true;
+    }
+    auto sizes = tensor.sizes();
+    auto strides = tensor.strides();
+    return sizes.size() + strides.size() != layout.size() ||
+        !std::equal(sizes.begin(), sizes.end(), layout.begin()) ||
+        !std::equal(strides.begin(), strides.end(), layout.begin() + sizes.size());
   }
 };
 

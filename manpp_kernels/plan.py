@@ -64,27 +64,29 @@ class EmaPlan:
         total: float = 2.0,
         rounding: op.Rounding = "nearest",
     ) -> None:
-        self.ema = [ema] if isinstance(ema, Tensor) else list(ema)
-        self.params = [params] if isinstance(params, Tensor) else list(params)
-        self.bias = [bias] if isinstance(bias, Tensor) else None if bias is None else list(bias)
+        self.ema, self.params = _checks.as_list("ema", ema), _checks.as_list("params", params)
+        self.bias = None if bias is None else _checks.as_list("bias", bias)
         self.groups = None if groups is None else list(groups)
+        _checks.check_total(total)
         self.total, self.rounding = float(total), rounding
         self.weights: list[Tensor] | None = None
         self._build()
 
     def _build(self) -> None:
+        """Checks the tensors as they are now, and forgets what was prepared for where they were."""
         scale = None
         if self.bias is not None:
-            # How many entries scale has shows at the first update; the groups are checked against it there.
-            entries = max(self.groups, default=0) + 1 if self.groups else 1
-            scale = torch.empty(max(entries, 1), device=self.ema[0].device if self.ema else "cpu")
+            # How many entries scale has shows at every update; the groups are checked against it there.
+            entries = 1 + max((g for g in self.groups or () if isinstance(g, int)), default=0)
+            on = self.ema[0].device if self.ema and isinstance(self.ema[0], Tensor) else None
+            scale = torch.empty(max(entries, 1), device=on)
         with torch.no_grad():  # whether ema may be written is asked at every update
             op.check_arguments(self.ema, self.params, 0.0, scale, self.bias, self.groups, self.total, self.rounding)
         devices = {e.device for e in self.ema}
         if len(devices) > 1:
             raise ValueError(f"a plan works on one device, and there are ema tensors on {sorted(map(str, devices))}")
         self.device = next(iter(devices), torch.device("cpu"))
-        if self.bias is not None:
+        if self.bias is not None and not self._weights_fit(self.bias):
             self.weights = [torch.empty_like(b, requires_grad=False) for b in self.bias]
         self._seed = torch.empty((), dtype=torch.int64, device=self.device) if self.rounding == "stochastic" else None
         self._requires_grad = any(e.requires_grad for e in self.ema)
@@ -92,6 +94,13 @@ class EmaPlan:
         self._backend: str | None = None
         self._native: Any = None
         self._simple = False
+
+    def _weights_fit(self, bias: list[Tensor]) -> bool:
+        """Whether the weights can stay at their addresses although something moved."""
+        return self.weights is not None and all(
+            w.shape == b.shape and w.dtype == b.dtype and w.device == b.device
+            for w, b in zip(self.weights, bias, strict=True)
+        )
 
     def _launcher(self) -> None:
         """Prepares the launch on the backend in force."""
@@ -120,10 +129,16 @@ class EmaPlan:
             None, or the effective weights: :attr:`weights`, as differentiable functions of scale and bias.
         """
         # The common case first: every attribute looked up here is host time of every training step.
-        if self._simple and type(momentum) is float and 0.0 <= momentum <= 1.0 and scale is None:
-            if backends.override(self.device) == self._backend and self._native.update(momentum):
-                torch._C._increment_version(self.ema)
-                return None
+        if (
+            self._simple
+            and type(momentum) is float
+            and 0.0 <= momentum <= 1.0
+            and scale is None
+            and backends.override(self.device) == self._backend
+            and self._native.update(momentum)
+        ):
+            torch._C._increment_version(self.ema)
+            return None
         return self._update(momentum, scale)
 
     def _update(self, momentum: float | Tensor, scale: Tensor | None) -> list[Tensor] | None:
@@ -133,10 +148,13 @@ class EmaPlan:
             raise ValueError(f"scale is on {scale.device}, ema on {self.device}")
         _checks.check_writable(self.ema)
         if self._native is None or backends.override(self.device) != self._backend:
-            self._launcher()
-        if not self._run_native(momentum, scale):
+            # Also where no compiled plan runs: the operator is then called on tensors that may have changed meanwhile.
             self._build()
             self._launcher()
+        if not self._run_native(momentum, scale):
+            if self._native is not None:  # a tensor has moved
+                self._build()
+                self._launcher()
             if not self._run_native(momentum, scale):
                 self._run_operator(momentum, scale)
         torch.autograd.graph.increment_version(self.ema + (self.weights or []))
@@ -149,7 +167,7 @@ class EmaPlan:
         if self._native is None:
             return False
         if self._seed is not None:
-            self._seed.random_()
+            self._seed.random_(op.SEED_MIN, op.SEED_MAX)
         tensor = isinstance(momentum, Tensor)
         scale = None if scale is None else scale.detach().contiguous()
         return self._native.update_with(

@@ -217,6 +217,12 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_mix_backward(
     bool need_lb,
     bool need_ema) {
   MixGradients t = mix_gradients(grad, lb_out, ema_out, scale, need_lb, need_ema);
+  if (t.grad.numel() == 0) {
+    if (t.need_scale) {
+      torch::stable::zero_(t.grad_scale);
+    }
+    return {t.grad_a, t.grad_b, t.grad_scale};
+  }
   Gradients pointers{
       t.grad.data_ptr(),
       t.need_scale ? t.a.data_ptr() : nullptr,

@@ -143,7 +143,10 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
-    """No written tensor shares memory with another written one, with itself, or with one that is read."""
+    """No written tensor shares memory with another written one, with itself, or with one that is read.
+
+    Of tensors whose storage was freed there is nothing to compare: they are an error, too.
+    """
     spans = []
     for is_written, named in ((True, written), (False, read)):
         for name, i, t in named:
@@ -152,6 +155,8 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
                 if is_written and not t.is_contiguous():
                     _check_no_internal_overlap(name, i, t)
                 start = t.data_ptr()
+                if start == 0:
+                    raise ValueError(f"{name}[{i}] has no memory: its storage was freed (by resize_(0), or by FSDP)")
                 spans.append((start, start + _extent(t), is_written, name, i, t))
     spans.sort(key=lambda span: span[0])
     live: list[tuple[int, int, bool, str, int, Tensor]] = []  # spans that reach past the one at hand

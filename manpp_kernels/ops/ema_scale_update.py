@@ -122,9 +122,13 @@ def attach_effective_weights(
     return list(_EffectiveWeights.apply(scale, groups, total, len(bias), *bias, *ema, *out))
 
 
+# What a seed for stochastic rounding is drawn from: [SEED_MIN, SEED_MAX).
+SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A seed for stochastic rounding, from the device's default generator: reproducible under torch.manual_seed."""
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.randint(SEED_MIN, SEED_MAX, (), dtype=torch.int64, device=device)
 
 
 Rounding = Literal["nearest", "stochastic"]
