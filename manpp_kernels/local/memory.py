@@ -67,8 +67,9 @@ class SavedTensorMeter:
         size = t.untyped_storage().nbytes()
         if size == 0 or key in self._excluded:
             return t
-        # While the holder lives, so does the tensor in it, and no other storage can take its address.
-        holder = _Saved(t)
+        # Detached, as an operation that saves its own output would otherwise hold itself alive through it. While the
+        # holder lives, so does the storage, and no other can take its address.
+        holder = _Saved(t.detach())
         uses = self._uses.get(key, 0)
         self._uses[key] = uses + 1
         if uses == 0:

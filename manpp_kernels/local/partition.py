@@ -3,7 +3,7 @@
 The parts are references to the user's own modules: training them trains the user's model, whose ``state_dict`` keeps
 its keys. How a class of models comes apart is one small function in a registry, :data:`adapt`::
 
-    @adapt.register
+    @adapt.register(MyNet)
     def _(model: MyNet) -> Parts:
         return Parts(model.patch_embed, {f"blocks.{i}": b for i, b in enumerate(model.blocks)}, model.classifier)
 """

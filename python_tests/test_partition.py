@@ -1,0 +1,205 @@
+"""Models taken apart, and divided into local blocks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from manpp_kernels.local import Parts, adapt, partition
+from manpp_kernels.local.partition import _minimax
+from manpp_kernels.models import CifarResNet, resnet20, resnet32, resnet110
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(48, 8),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
+    )
+
+
+def convnet() -> nn.Sequential:
+    def layers(i: int, o: int) -> list[nn.Module]:
+        return [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+
+    return nn.Sequential(
+        *layers(3, 4), *layers(4, 6), *layers(6, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
+
+
+def test_resnet32_k16_is_the_stem_alone_and_then_each_unit_alone() -> None:
+    parts = partition(resnet32(), 16, example=(3, 32, 32))
+    names = parts.names()
+    assert names[0] == ["stem"]
+    assert names[1:] == [[f"layer{s}.{u}"] for s in (1, 2, 3) for u in range(5)]
+    assert [tuple(s.shape[1:]) for s in parts.segments][::5] == [
+        (16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)
+    ]  # fmt: skip
+    assert parts.output_shape[1:] == (10,)
+
+
+def test_resnet110_has_55() -> None:
+    parts = partition(resnet110(), example=(3, 8, 8))
+    assert len(parts) == 55
+    assert all(len(names) == 1 for names in parts.names())
+
+
+@pytest.mark.parametrize("count", range(1, 17))
+def test_a_count_is_distributed_evenly(count: int) -> None:
+    parts = partition(resnet32(), count, example=(3, 8, 8))
+    sizes = [len(block) for block in parts.blocks]
+    assert len(sizes) == count
+    assert sum(sizes) == 16
+    assert sizes == sorted(sizes)
+    assert max(sizes) - min(sizes) <= 1
+    assert list(itertools.chain.from_iterable(parts.blocks)) == list(range(16))
+
+
+def test_boundaries() -> None:
+    model = CifarResNet((1, 1, 1))
+    expected = [["stem", "layer1.0"], ["layer2.0"], ["layer3.0"]]
+    assert partition(model, ["layer1.0", "layer2.0"], example=(3, 8, 8)).names() == expected
+    assert partition(model, [1, 2], example=(3, 8, 8)).names() == expected
+    assert partition(model, [], example=(3, 8, 8)).names() == [["stem", "layer1.0", "layer2.0", "layer3.0"]]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error", "message"),
+    [
+        (0, ValueError, "blocks is 0, and CifarResNet can be divided into 1 to 4"),
+        (5, ValueError, "blocks is 5"),
+        (True, TypeError, "a number or a sequence"),
+        ("layer1.0", TypeError, "a number or a sequence"),
+        (["layer9.0"], ValueError, "'layer9.0' is no unit of this model; there are stem, layer1.0"),
+        (["layer3.0"], ValueError, "leaves a block empty"),
+        ([3], ValueError, "leaves a block empty"),
+        ([-1], ValueError, "leaves a block empty"),
+        (["layer2.0", "layer1.0"], ValueError, "have to ascend"),
+        ([1, 1], ValueError, "have to ascend"),
+        ([1.5], TypeError, "the name of a unit or its place"),
+    ],
+)
+def test_wrong_blocks(blocks: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        partition(CifarResNet((1, 1, 1)), blocks, example=(3, 8, 8))
+
+
+def test_unknown_balance_and_example() -> None:
+    with pytest.raises(ValueError, match="balance has to be one of count, memory"):
+        partition(resnet20(), 2, example=(3, 8, 8), balance="time")
+    with pytest.raises(TypeError, match="example has to be"):
+        partition(resnet20(), 2, example="digits")
+
+
+def test_balanced_by_memory() -> None:
+    model = resnet32()
+    by_memory = partition(model, 4, example=(3, 32, 32), balance="memory")
+    by_count = partition(model, 4, example=(3, 32, 32))
+
+    def most(parts) -> int:
+        return max(sum(by_memory.segments[i].saved_bytes for i in block) for block in parts.blocks)
+
+    assert all(s.saved_bytes > 0 for s in by_memory.segments)
+    assert most(by_memory) < most(by_count)
+    assert len(by_memory.blocks[0]) < len(by_memory.blocks[-1])  # early activations are larger
+
+
+def test_minimax_is_the_best_of_all_partitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n in range(1, 8):
+        weights = torch.randint(1, 20, (n,), generator=generator).tolist()
+        for count in range(1, n + 1):
+            best = min(
+                max(sum(weights[a:b]) for a, b in itertools.pairwise([0, *cuts, n]))
+                for cuts in itertools.combinations(range(1, n), count - 1)
+            )
+            ends = _minimax(weights, count)
+            assert len(ends) == count
+            assert max(sum(weights[a:b]) for a, b in itertools.pairwise([0, *ends])) == best
+
+
+def test_measuring_changes_nothing() -> None:
+    model = CifarResNet((1, 1, 1)).train()
+    model.layer1.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    partition(model, 2, example=(3, 8, 8), balance="memory")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_sequential() -> None:
+    parts = partition(mlp(), example=(3, 4, 4))
+    assert parts.names() == [["stem"], ["3"], ["5"]]
+    parts = partition(convnet(), example=torch.randn(4, 3, 8, 8))
+    assert parts.names() == [["stem"], ["4"], ["8"]]
+    assert [type(m).__name__ for m in parts.parts.head] == ["AdaptiveAvgPool2d", "Flatten", "Linear"]
+    with pytest.raises(ValueError, match="has 1 layers with parameters"):
+        partition(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), example=(3, 4, 4))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_torchvision(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    model = models.get_model(name, num_classes=5)
+    parts = partition(
+        model, ["layer2.1", "layer3.1"], example=(3, 32, 32)
+    )
+    assert parts.segments[1].name == "layer1.0"
+    assert len(parts.segments) == {"resnet18": 9}.get(name, 17)
+
+
+def test_a_model_of_ones_own() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            for b in self.b:
+                x = b(x)
+            return self.c(x)
+
+    with pytest.raises(TypeError, match="no adapter for Mine; register a function"):
+        partition(Mine(), example=(4,))
+
+    @adapt.register(Mine)
+    def _(model: Mine) -> Parts:
+        return Parts(model.a, {f"b.{i}": m for i, m in enumerate(model.b)}, model.c)
+
+    assert partition(Mine(), example=torch.randn(3, 4)).names() == [["stem"], ["b.0"], ["b.1"]]
+
+    class Different(Mine):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    with pytest.raises(ValueError, match="do not give what the model itself gives"):
+        partition(Different(), example=(4,))
+
+    class Extra(Mine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.d = nn.Linear(4, 4)
+
+    with pytest.raises(ValueError, match=r"leaves out the parameter d\.weight"):
+        partition(Extra(), example=(4,))
+
+    class Tied(Mine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b[1].weight = self.b[0].weight
+
+    with pytest.raises(ValueError, match=r"b\.0 and b\.1 share a parameter"):
+        partition(Tied(), example=(4,))
