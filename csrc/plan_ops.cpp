@@ -22,12 +22,19 @@ namespace {
 struct Watched {
   Tensor tensor;
   const void* address;
+  int64_t numel;
   int32_t dtype;
-  std::vector<int64_t> layout; // sizes, then strides: .data may come to be another view of the same memory
+  bool contiguous;
+  // Sizes, then strides: .data may come to be another view of the same memory. Empty for a contiguous tensor, whose
+  // elements stand in the same order as long as it stays contiguous.
+  std::vector<int64_t> layout;
 
-  explicit Watched(const Tensor& t) : tensor(t), address(t.data_ptr()), dtype(type_of(t)) {
-    layout.insert(layout.end(), t.sizes().begin(), t.sizes().end());
-    layout.insert(layout.end(), t.strides().begin(), t.strides().end());
+  explicit Watched(const Tensor& t)
+      : tensor(t), address(t.data_ptr()), numel(t.numel()), dtype(type_of(t)), contiguous(t.is_contiguous()) {
+    if (!contiguous) {
+      layout.insert(layout.end(), t.sizes().begin(), t.sizes().end());
+      layout.insert(layout.end(), t.strides().begin(), t.strides().end());
+    }
   }
 
   static int32_t type_of(const Tensor& t) {
@@ -36,8 +43,11 @@ struct Watched {
     return type;
   }
   bool moved() const {
-    if (tensor.data_ptr() != address || type_of(tensor) != dtype) {
+    if (tensor.data_ptr() != address || tensor.numel() != numel || type_of(tensor) != dtype) {
       return true;
+    }
+    if (contiguous) {
+      return !tensor.is_contiguous();
     }
     auto sizes = tensor.sizes();
     auto strides = tensor.strides();
