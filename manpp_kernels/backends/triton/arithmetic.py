@@ -188,11 +188,27 @@ def round_stochastically(x, bits, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def arrives_last(counter, count):
-    """Whether this program is the last of ``count`` to come here; what the others stored before is then visible.
+def publish(slots, values, mask=None):
+    """Store partial sums for the program that :func:`arrives_last`.
 
-    Why there is no race: the barrier orders every thread's stores of this program before the one thread that adds. The
-    addition releases them and acquires those of all programs that added before (release sequences go through
+    By an exchange rather than a store: on AMD a barrier does not wait for the stores of other waves, so the thread that
+    then counts the arrival could release nothing but its own; an atomic that also acquires is waited for by its wave.
+    """
+    if values.dtype == tl.float64:
+        BITS: tl.constexpr = tl.int64
+    else:
+        BITS: tl.constexpr = tl.int32
+    # As integers: the interpreter exchanges no floats.
+    words = slots.to(tl.pointer_type(BITS), bitcast=True)
+    tl.atomic_xchg(words, values.to(BITS, bitcast=True), mask=mask, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def arrives_last(counter, count):
+    """Whether this program is the last of ``count`` to come here; what the others published before is then visible.
+
+    Why there is no race: the barrier orders what every thread of this program published before the one thread that
+    adds. The addition releases it and acquires that of all programs that added before (release sequences go through
     read-modify-writes), and the barrier that hands its result to the other threads passes this on to them. Exactly one
     program sees ``count - 1``; it puts the counter back to 0, which the next launch on the stream, or the next replay
     of a graph, finds. Nobody waits for anybody, so it does not matter which programs run at the same time.

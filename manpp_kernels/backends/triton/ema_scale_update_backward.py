@@ -15,6 +15,7 @@ from manpp_kernels.backends.triton.arithmetic import (
     arrives_last,
     load_as,
     narrow,
+    publish,
     store_as,
     sum_of_slots,
 )
@@ -125,7 +126,7 @@ def ema_scale_update_backward_kernel(
     if BIAS:
         # Every partial sum has its own slot, and the slots of a group are added in the order of their numbers by
         # whichever program comes last: the result does not depend on which one that is.
-        tl.store(partials + program, share)
+        publish(partials + program, share)
         first = tl.load(ranges + 2 * group)
         end = tl.load(ranges + 2 * group + 1)
         if arrives_last(counters + group, (end - first).to(tl.int32)):

@@ -24,6 +24,7 @@ from manpp_kernels.backends.triton.arithmetic import (
     bits_of,
     from_bits,
     narrow,
+    publish,
     sum_of_slots,
     widen,
 )
@@ -178,7 +179,7 @@ def scale_bias_mix_backward_kernel(
         # Each program has slots of its own, added in the order of their numbers by whichever program comes last.
         if INSIDE:
             c = block * BLOCK_X + tl.arange(0, BLOCK_X)
-            tl.store(partials + split * channels + c, tl.sum(products, 0), mask=c < channels)
+            publish(partials + split * channels + c, tl.sum(products, 0), mask=c < channels)
             if arrives_last(counters + block, splits):
                 total = tl.zeros((BLOCK_ROWS, BLOCK_X), tl.float64)
                 r = tl.arange(0, BLOCK_ROWS)[:, None]
@@ -189,7 +190,7 @@ def scale_bias_mix_backward_kernel(
                 sums = narrow(tl.sum(total, 0), grad_scale.dtype.element_ty)
                 tl.store(grad_scale + c, sums, mask=c < channels)
         else:
-            tl.store(partials + block * splits + split, tl.sum(products))
+            publish(partials + block * splits + split, tl.sum(products))
             if arrives_last(counters + block, splits):
                 total = sum_of_slots(partials + block * splits, splits, SLOTS)
                 tl.store(grad_scale + block, narrow(total, grad_scale.dtype.element_ty))

@@ -1,0 +1,48 @@
+"""The Triton kernels on the CPU: the tests under triton_kernels/, in a process where Triton interprets.
+
+Triton decides when it is imported whether it interprets or compiles, so that one process cannot do both. On a machine
+with a GPU the same files also run compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+FILES = sorted((Path(__file__).parent / "triton_kernels").glob("*.py"))
+
+
+def run(file: Path, **environment: str) -> None:
+    """Run pytest on one file in a fresh process; on failure, fail with what it printed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MANPP_BACKEND")}
+    done = subprocess.run(
+        command,
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        cwd=file.parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_interpreted(file: Path) -> None:
+    run(file, TRITON_INTERPRET="1")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_compiled(file: Path) -> None:
+    run(file)
