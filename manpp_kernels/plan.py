@@ -42,8 +42,8 @@ class EmaPlan:
     has gone stale. (Inside a CUDA graph the addresses are those of the capture.)
 
     Args:
-        ema, params, bias, groups, total, rounding: as for :func:`manpp_kernels.ema_scale_update`. The plan keeps
-            references to the tensors. ``bias`` asks for effective weights, whose scale comes with every update.
+        ema, params, bias, groups, total, rounding, generator: as for :func:`manpp_kernels.ema_scale_update`. The plan
+            keeps references to the tensors. ``bias`` asks for effective weights, whose scale comes with every update.
 
     Attributes:
         weights: the effective weights, None without ``bias``. They stand at fixed addresses: every update overwrites
@@ -63,12 +63,13 @@ class EmaPlan:
         groups: Sequence[int] | None = None,
         total: float = 2.0,
         rounding: op.Rounding = "nearest",
+        generator: torch.Generator | None = None,
     ) -> None:
         self.ema, self.params = _checks.as_list("ema", ema), _checks.as_list("params", params)
         self.bias = None if bias is None else _checks.as_list("bias", bias)
         self.groups = None if groups is None else list(groups)
         _checks.check_total(total)
-        self.total, self.rounding = float(total), rounding
+        self.total, self.rounding, self.generator = float(total), rounding, generator
         self.weights: list[Tensor] | None = None
         self._build()
 
@@ -81,7 +82,9 @@ class EmaPlan:
             on = self.ema[0].device if self.ema and isinstance(self.ema[0], Tensor) else None
             scale = torch.empty(max(entries, 1), device=on)
         with torch.no_grad():  # whether ema may be written is asked at every update
-            op.check_arguments(self.ema, self.params, 0.0, scale, self.bias, self.groups, self.total, self.rounding)
+            op.check_arguments(
+                self.ema, self.params, 0.0, scale, self.bias, self.groups, self.total, self.rounding, self.generator
+            )
         devices = {e.device for e in self.ema}
         if len(devices) > 1:
             raise ValueError(f"a plan works on one device, and there are ema tensors on {sorted(map(str, devices))}")
@@ -167,7 +170,7 @@ class EmaPlan:
         if self._native is None:
             return False
         if self._seed is not None:
-            self._seed.random_(op.SEED_MIN, op.SEED_MAX)
+            self._seed.random_(op.SEED_MIN, op.SEED_MAX, generator=self.generator)
         tensor = isinstance(momentum, Tensor)
         scale = None if scale is None else scale.detach().contiguous()
         return self._native.update_with(
@@ -193,7 +196,7 @@ class EmaPlan:
             [b.detach() for b in self.bias or []],
             self.groups or [],
             self.total,
-            op.draw_seed(self.device) if self.rounding == "stochastic" else None,
+            op.draw_seed(self.device, self.generator) if self.rounding == "stochastic" else None,
             self.weights or [],
         )
 

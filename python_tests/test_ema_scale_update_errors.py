@@ -171,6 +171,11 @@ CASES: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
     "total a string": (replaced("total", "2"), TypeError, r"total.*str"),
     "unknown rounding": (replaced("rounding", "up"), ValueError, r"rounding.*nearest, stochastic.*'up'"),
     "rounding None": (replaced("rounding", None), ValueError, r"rounding.*nearest, stochastic.*None"),
+    "generator no generator": (
+        both(replaced("rounding", "stochastic"), replaced("generator", 7)),
+        TypeError,
+        r"generator .*int",
+    ),
     "ema requires grad": (replaced("ema", torch.ones(3, requires_grad=True), 0), RuntimeError, r"ema\[0\].*no_grad"),
     "ema twice": (_same_ema_twice, ValueError, r"ema\[[01]\] overlaps ema\[[01]\]"),
     "ema is params": (aliased("ema", 1, "params", 1), ValueError, r"ema\[1\] overlaps params\[1\]"),

@@ -109,6 +109,21 @@ def test_reproducible_under_manual_seed(target: Target) -> None:
     assert not torch.equal(a[0], two_steps(12)[0])
 
 
+def test_a_generator_of_its_own(target: Target) -> None:
+    params = torch.randn(5000, device=target.device)
+    emas = []
+    for seed in (3, 3, 4):
+        generator = torch.Generator(target.device).manual_seed(seed)
+        state = torch.get_rng_state()
+        for update in (manpp_kernels.ema_scale_update, lambda e, p, m, **o: manpp_kernels.EmaPlan(e, p, **o).update(m)):
+            emas.append(torch.zeros(5000, dtype=torch.bfloat16, device=target.device))
+            update(emas[-1], params, 0.3, rounding="stochastic", generator=generator)
+            generator.manual_seed(seed)
+        assert torch.equal(torch.get_rng_state(), state), "the default generator is left alone"
+    assert all(torch.equal(emas[0], e) for e in emas[:4])
+    assert not torch.equal(emas[0], emas[4])
+
+
 def test_nearest_draws_no_random_numbers(target: Target) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3, device=target.device)

@@ -102,6 +102,14 @@ def check_scale(
             raise IndexError(f"groups[{i}] is {group}, and scale has {scale.numel()} entries")
 
 
+def check_generator(generator: torch.Generator, device: torch.device) -> None:
+    """A random number generator for ``device``."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator has to be a torch.Generator, and is {type(generator).__name__}")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator is for {generator.device}, and ema is on {device}")
+
+
 def check_writable(ema: Sequence[Tensor]) -> None:
     """In-place writing is allowed: no entry requires grad while gradients are recorded."""
     if torch.is_grad_enabled():

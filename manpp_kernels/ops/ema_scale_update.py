@@ -126,9 +126,9 @@ def attach_effective_weights(
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed for stochastic rounding, from the device's default generator: reproducible under torch.manual_seed."""
-    return torch.randint(SEED_MIN, SEED_MAX, (), dtype=torch.int64, device=device)
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A seed for stochastic rounding, by default from the device's generator: reproducible under torch.manual_seed."""
+    return torch.randint(SEED_MIN, SEED_MAX, (), dtype=torch.int64, device=device, generator=generator)
 
 
 Rounding = Literal["nearest", "stochastic"]
@@ -141,6 +141,7 @@ def ema_scale_update(
     momentum: float | Tensor,
     *,
     rounding: Rounding = "nearest",
+    generator: torch.Generator | None = None,
 ) -> None: ...
 @overload
 def ema_scale_update(
@@ -153,6 +154,7 @@ def ema_scale_update(
     groups: Sequence[int] | None = None,
     total: float = 2.0,
     rounding: Rounding = "nearest",
+    generator: torch.Generator | None = None,
 ) -> list[Tensor]: ...
 def ema_scale_update(
     ema: Tensor | Sequence[Tensor],
@@ -164,6 +166,7 @@ def ema_scale_update(
     groups: Sequence[int] | None = None,
     total: float = 2.0,
     rounding: Rounding = "nearest",
+    generator: torch.Generator | None = None,
 ) -> list[Tensor] | None:
     """Move an exponential moving average one step, in place: ``ema = momentum * ema + (1 - momentum) * params``.
 
@@ -186,6 +189,7 @@ def ema_scale_update(
         rounding: how bfloat16 and float16 EMAs are stored. ``"stochastic"`` rounds up or down at random with the odds
             that make the mean exact, reproducible under :func:`torch.manual_seed`. With ``"nearest"`` a bfloat16 EMA
             of a high momentum stops moving once its steps are smaller than half its resolution.
+        generator: what stochastic rounding draws from, on ema's device; the default generator if None.
 
     Returns:
         None, or with ``scale`` and ``bias`` the effective weights, a list of tensors like ``bias``.
@@ -202,12 +206,12 @@ def ema_scale_update(
     """
     ema, params = _checks.as_list("ema", ema), _checks.as_list("params", params)
     biases = None if bias is None else _checks.as_list("bias", bias)
-    check_arguments(ema, params, momentum, scale, biases, groups, total, rounding)
+    check_arguments(ema, params, momentum, scale, biases, groups, total, rounding, generator)
     out = None if biases is None else [torch.empty_like(b.detach()) for b in biases]
     devices = {e.device for e in ema}
     for device in devices:
         chosen = None if len(devices) == 1 else [i for i, e in enumerate(ema) if e.device == device]
-        _update_on(device, chosen, ema, params, momentum, scale, biases, groups, total, rounding, out)
+        _update_on(device, chosen, ema, params, momentum, scale, biases, groups, total, rounding, generator, out)
     if not torch.compiler.is_compiling():
         # Autograd must know of a write it did not see, or a graph that saved the old EMA would use the new one.
         torch.autograd.graph.increment_version(ema)
@@ -225,6 +229,7 @@ def check_arguments(
     groups: Sequence[int] | None,
     total: float,
     rounding: str,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Everything that can be wrong with the arguments of :func:`ema_scale_update`."""
     _checks.check_tensors("ema", ema)
@@ -239,6 +244,8 @@ def check_arguments(
         _checks.check_momentum(momentum, device)
         if scale is not None and scale.device != device:
             raise ValueError(f"scale is on {scale.device}, and there are ema tensors on {device}")
+        if generator is not None and rounding == "stochastic":
+            _checks.check_generator(generator, device)
     if not devices:
         _checks.check_momentum(momentum, momentum.device if isinstance(momentum, Tensor) else torch.device("cpu"))
     _checks.check_writable(ema)
@@ -259,6 +266,7 @@ def _update_on(
     groups: Sequence[int] | None,
     total: float,
     rounding: str,
+    generator: torch.Generator | None,
     out: list[Tensor] | None,
 ) -> None:
     """One launch: the pairs on ``device``, which are those numbered in ``chosen`` (all of them if None)."""
@@ -277,6 +285,6 @@ def _update_on(
         [b.detach() for b in pick(bias)],
         pick(groups),
         float(total),
-        draw_seed(device) if rounding == "stochastic" else None,
+        draw_seed(device, generator) if rounding == "stochastic" else None,
         pick(out),
     )
