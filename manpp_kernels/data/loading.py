@@ -6,6 +6,7 @@ drawn from generators seeded with those three numbers, and never from, nor into,
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,6 +70,10 @@ class _Batches(Dataset[tuple[Tensor, Tensor]]):
             return self.transform(images), labels
 
 
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _loader(images: ImageSource, transform: v2.Transform, batches: EpochBatches, workers: int) -> DataLoader[Any]:
     in_memory = isinstance(images, MemoryImages)
     return DataLoader(
@@ -78,6 +83,7 @@ def _loader(images: ImageSource, transform: v2.Transform, batches: EpochBatches,
         num_workers=0 if in_memory else workers,
         pin_memory=not in_memory and torch.cuda.is_available(),
         persistent_workers=not in_memory and workers > 0,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
         generator=torch.Generator(),  # its own, so that starting an epoch leaves the global generator as it is
     )
 

@@ -1,0 +1,181 @@
+"""What a run is: the options of the data, of the run and of the trainer, and where their values come from."""
+
+# ruff: noqa: RUF009 (option() makes a dataclass field, as dataclasses.field() does)
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from manpp_kernels.cli.parsing import (
+    Option,
+    Parser,
+    UserError,
+    add_option,
+    key,
+    option,
+    options_of,
+    parse_config,
+    read_config,
+)
+from manpp_kernels.local.rules import make_rule
+from manpp_kernels.local.rules import names as rule_names
+from manpp_kernels.trainer import TrainerConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are shown to the network."""
+
+    data: str = option("digits", "digits, fashion-mnist, cifar10, cifar100, svhn, stl10 or folder:PATH", metavar="SET")
+    data_root: Path = option(Path("data"), "folder of the files of the set")
+    download: bool = option(False, "let torchvision fetch the files that are not there")
+    image_size: int | None = option(None, "width and height of the images; by default the set's usual one", minimum=1)
+    limit: int | None = option(None, "train on the first N images only", minimum=1)
+    test_limit: int | None = option(None, "test on the first N images only", minimum=1)
+    crop: int | None = option(None, "pixels to shift images by at random; by default the set's recipe", minimum=0)
+    flip: bool | None = option(None, "mirror images at random; by default the set's recipe")
+    workers: int = option(2, "processes that decode images, where a folder is too large for the memory", minimum=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The network, the optimizer, and where the run happens."""
+
+    model: str = option(
+        "resnet32", "resnet20, 32, 44, 56, 110 for small images, or one of torchvision's", metavar="NAME"
+    )
+    epochs: int = option(10, "passes over the training images", minimum=1)
+    batch_size: int = option(128, "images a step", minimum=2)
+    optimizer: str = option("sgd", "any optimizer of torch.optim; sgd comes with Nesterov momentum", metavar="NAME")
+    lr: float | None = option(None, "learning rate; by default 0.1 per 128 images for sgd, 0.001 for adamw", minimum=0)
+    weight_decay: float = option(TrainerConfig.weight_decay, "weight decay of the optimizer", minimum=0)
+    optimizer_arg: dict[str, Any] = option({}, "another argument of the optimizer, as momentum=0.8; repeatable")
+    schedule: Literal["cosine", "linear", "step", "constant"] = option("cosine", "of the learning rate")
+    warmup: int = option(0, "epochs in which the learning rate rises first", minimum=0)
+    seed: int = option(0, "of the weights, the order of the images and their augmentation", minimum=0)
+    threads: int | None = option(None, "threads of PyTorch on the CPU; by default its own choice", minimum=1)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto is cuda where there is one")
+    out: Path | None = option(None, "folder of the run; by default a new one in runs/")
+    tensorboard: bool = option(True, "write TensorBoard events")
+
+
+# Fields of the trainer's that are no options here: the optimizer has options of its own above, and the options of the
+# rules are options in their own right.
+_HIDDEN = {"learning_rate", "sgd_momentum", "nesterov", "weight_decay", "rule_options"}
+# What the trainer's documentation says in terms of Python, said in terms of the command line.
+_TEXTS = {
+    "rule": f"{', '.join(rule_names())} [{TrainerConfig.rule}]",
+    "blocks": "K, how many local blocks; or the last unit of each but the last, as layer1.4,layer2.4; by default every "
+    "unit is a block (e2e: one block)",
+}
+# Above, the schedule is its shape; the trainer's field of this name says how often it moves.
+_RENAMED = {"schedule": "schedule_every"}
+
+
+def _trainer_options() -> list[Option]:
+    found = [spec for spec in options_of(TrainerConfig) if spec.name not in _HIDDEN]
+    return [
+        dataclasses.replace(spec, name=_RENAMED.get(spec.name, spec.name), text=_TEXTS.get(spec.name, spec.text))
+        for spec in found
+    ]
+
+
+def _rule_options() -> list[Option]:
+    """The options of all rules, those that several have once."""
+    merged: dict[str, Option] = {}
+    owners: dict[str, list[str]] = {}
+    for rule in rule_names():
+        for spec in options_of(make_rule(rule).Options):
+            known = merged.setdefault(spec.name, spec)
+            kinds = known.kinds + [kind for kind in spec.kinds if kind not in known.kinds]
+            merged[spec.name] = dataclasses.replace(known, kinds=kinds)
+            owners.setdefault(spec.name, []).append(rule)
+    return [dataclasses.replace(spec, text=f"{', '.join(owners[name])}: {spec.text}") for name, spec in merged.items()]
+
+
+def add_setting_options(parser: argparse.ArgumentParser) -> None:
+    """All options of :class:`Settings`, from the fields of the dataclasses that hold their defaults."""
+    for title, specs in (
+        ("images", options_of(DataConfig)),
+        ("network, optimizer and run", options_of(RunConfig)),
+        ("local learning and trainer", _trainer_options()),
+        ("rules", _rule_options()),
+    ):
+        group = parser.add_argument_group(title)
+        for spec in specs:
+            add_option(group, spec)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run computes, and where its files go."""
+
+    data: DataConfig
+    run: RunConfig
+    trainer: TrainerConfig
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """Settings from the options that were given, by their names; defaults for the others."""
+
+        def fields(config: type) -> dict[str, Any]:
+            return {f.name: given[f.name] for f in dataclasses.fields(config) if f.name in given}
+
+        trainer = {
+            field.name: given[name]
+            for field in dataclasses.fields(TrainerConfig)
+            if (name := _RENAMED.get(field.name, field.name)) in given and field.name not in _HIDDEN
+        }
+        rule = {spec.name: given[spec.name] for spec in _rule_options() if spec.name in given}
+        try:
+            settings = cls(
+                DataConfig(**fields(DataConfig)),
+                RunConfig(**fields(RunConfig)),
+                TrainerConfig(**trainer, rule_options=rule or None),
+            )
+            make_rule(settings.trainer.rule, settings.trainer.rule_options)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        return settings
+
+    def values(self) -> dict[str, Any]:
+        """All options by their names; those of the rule only where they were given."""
+        trainer = {
+            _RENAMED.get(name, name): value for name, value in _shallow(self.trainer).items() if name not in _HIDDEN
+        }
+        return {**_shallow(self.data), **_shallow(self.run), **trainer, **(self.trainer.rule_options or {})}
+
+    def replace(self, **changes: Any) -> Settings:
+        return Settings.of({**self.values(), **changes})
+
+    def save(self, path: Path) -> None:
+        """Write a file that ``--config`` takes."""
+        import yaml
+
+        content = {key(name): _plain(value) for name, value in self.values().items() if value not in (None, {})}
+        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def _shallow(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: str(item) for name, item in value.items()}
+    return value
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """The options that a configuration file gives, by their names."""
+    parser = Parser(add_help=False)
+    add_setting_options(parser)
+    return vars(parse_config(read_config(path), parser, path))

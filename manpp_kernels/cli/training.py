@@ -1,0 +1,178 @@
+"""One training run from its settings to its files; what ``manpp train`` and ``manpp demo`` do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from manpp_kernels.checkpoint import export_weights
+from manpp_kernels.cli.display import Display
+from manpp_kernels.cli.logs import TensorBoardLog, write_csv
+from manpp_kernels.cli.parsing import UserError, did_you_mean
+from manpp_kernels.cli.plots import plot_curves
+from manpp_kernels.cli.recipe import default_lr, optimizer_factory, scheduler_factory
+from manpp_kernels.cli.settings import Settings
+from manpp_kernels.data import DataError, evaluation_loader, load, training_loader
+from manpp_kernels.models import MODELS
+from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
+
+CONFIG_NAME = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run."""
+
+    folder: Path
+    history: list[dict[str, Any]]
+    interrupted: bool
+    on_gpu: bool
+
+
+def train(settings: Settings, folder: Path, display: Display, *, resume: Path | None = None) -> Result:
+    """Train as the settings say, and leave everything in ``folder``.
+
+    Files: config.yaml (the settings), checkpoint.pt (after every epoch), history.csv, TensorBoard events, curves.png,
+    and model.safetensors, the weights of the model itself.
+
+    Args:
+        resume: a checkpoint to continue from.
+
+    Raises:
+        UserError: the settings do not fit each other, the data or this machine.
+    """
+    run = settings.run
+    device = _device(run.device)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    with _as_user_errors():
+        loader, val_loader, num_classes, image = _data(settings, device)
+        torch.manual_seed(run.seed)
+        trainer = _trainer(settings, device, num_classes, image, steps=len(loader))
+        if resume is not None:
+            trainer.load(resume)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.save(folder / CONFIG_NAME)
+    with contextlib.ExitStack() as stack:
+        board = TensorBoardLog(folder, trainer.epoch) if run.tensorboard else None
+        if board is not None:
+            stack.callback(board.close)
+        steps, done = run.epochs * len(loader), trainer.epoch * len(loader) + trainer.position
+        stack.enter_context(display.run(settings.trainer.rule, steps, done))
+
+        def on_step(trainer: LocalTrainer, result: Any) -> None:
+            display.step(trainer, result)
+            if board is not None:
+                board.step(result.losses)
+
+        def on_epoch(trainer: LocalTrainer, row: dict[str, Any]) -> None:
+            display.epoch(row, run.epochs)
+            write_csv(trainer.history, folder / "history.csv")
+            if board is not None:
+                board.epoch(row)
+
+        try:
+            history = trainer.fit(
+                loader,
+                run.epochs,
+                val_loader=val_loader,
+                on_step=on_step,
+                on_epoch=on_epoch,
+                checkpoint_dir=folder,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the GPU's memory does not suffice: try a smaller --batch-size, a larger --accumulate, or --amp bf16"
+            ) from error
+        except DataError as error:
+            raise UserError(str(error)) from error
+    plot_curves({settings.trainer.rule: history}, folder / "curves.png")
+    export_weights(trainer.model, folder / "model.safetensors")
+    return Result(folder, history, trainer.interrupted, device.type == "cuda")
+
+
+def resume_hint(folder: Path) -> str:
+    """The sentence that an interrupted run ends with."""
+    return (
+        f"interrupted; the run is saved in {folder / CHECKPOINT_NAME}: continue it with manpp train --resume {folder}"
+    )
+
+
+@contextlib.contextmanager
+def _as_user_errors() -> Iterator[None]:
+    """While a run is put together, a value that does not fit is the user's; once it trains, it would be a bug."""
+    try:
+        yield
+    except (DataError, ValueError, TypeError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def _data(settings: Settings, device: torch.device) -> tuple[Any, Any, int, tuple[int, int, int]]:
+    """The two loaders, the number of classes, and the shape of an image."""
+    config, run = settings.data, settings.run
+    data = load(
+        config.data,
+        config.data_root,
+        size=config.image_size,
+        limit=config.limit,
+        test_limit=config.test_limit,
+        download=config.download,
+    )
+    least = 2 * settings.trainer.accumulate
+    if min(run.batch_size, len(data.train)) < least:
+        raise UserError(
+            f"there are {len(data.train)} training images in batches of {run.batch_size}: "
+            f"batch normalisation needs {least} or more in a batch"
+        )
+    placing: dict[str, Any] = {"device": device, "workers": config.workers}
+    train = training_loader(data, run.batch_size, seed=run.seed, crop=config.crop, flip=config.flip, **placing)
+    # Evaluation keeps no activations, so that larger batches fit; they change nothing but the time.
+    test = evaluation_loader(data, max(run.batch_size, 256), **placing)
+    return train, test, data.num_classes, (3, data.size, data.size)
+
+
+def _trainer(
+    settings: Settings, device: torch.device, num_classes: int, image: tuple[int, int, int], steps: int
+) -> LocalTrainer:
+    run = settings.run
+    lr = default_lr(run.optimizer, run.batch_size) if run.lr is None else run.lr
+    per_epoch = steps if settings.trainer.schedule == "step" else 1
+    return LocalTrainer(
+        build_model(run.model, num_classes),
+        settings.trainer,
+        example=image,
+        num_classes=num_classes,
+        optimizer=optimizer_factory(run.optimizer, lr, run.weight_decay, run.optimizer_arg),
+        scheduler=scheduler_factory(run.schedule, run.epochs * per_epoch, run.warmup * per_epoch),
+        device=device,
+    )
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """One of this package's models or of torchvision's, untrained."""
+    from torchvision import models
+
+    theirs = models.list_models(module=models)
+    if name in MODELS:
+        return MODELS[name](num_classes)
+    if name in theirs:
+        return models.get_model(name, weights=None, num_classes=num_classes)
+    raise UserError(
+        f"there is no model {name!r}{did_you_mean(name, [*MODELS, *theirs])}; there are {', '.join(MODELS)} and "
+        "torchvision's classification models"
+    )
