@@ -9,7 +9,7 @@ namespace {
 
 template <bool Weights>
 __global__ void write_chunks_kernel(
-    const __grid_constant__ ParameterTable<Weights> table, uint32_t chunks, Chunk* __restrict__ target) {
+    const ParameterTable<Weights> __grid_constant__ table, uint32_t chunks, Chunk* __restrict__ target) {
   uint32_t chunk = blockIdx.x * kThreads + threadIdx.x;
   if (chunk < chunks) {
     target[chunk] = table.get(chunk);
@@ -25,9 +25,8 @@ uint32_t write_all(const std::vector<Entry>& entries, Chunk* target, cudaStream_
     size_t count = std::min<size_t>(Table::kCapacity, entries.size() - first);
     uint32_t chunks = fill_table(entries, first, count, *table);
     if (chunks > 0) {
-      write_chunks_kernel<Weights>
-          <<<(chunks + kThreads - 1) / kThreads, kThreads, 0, stream>>>(*table, chunks, target + written);
-      check_launch("write_chunks");
+      uint32_t blocks = (chunks + kThreads - 1) / kThreads;
+      launch_kernel("write_chunks", write_chunks_kernel<Weights>, blocks, stream, *table, chunks, target + written);
       written += chunks;
     }
   }

@@ -36,6 +36,18 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  STD_TORCH_CHECK(error == cudaSuccess, "manpp_kernels: the stream cannot be used: ", cudaGetErrorString(error));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void wait_for(cudaStream_t stream) {
+  cudaError_t error = cudaStreamSynchronize(stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "manpp_kernels: work on the GPU failed: ", cudaGetErrorString(error));
+}
+
 void check_launch(const char* kernel) {
   cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "manpp_kernels: launching ", kernel, " failed: ", cudaGetErrorString(error));

@@ -95,8 +95,33 @@ class DeviceGuard {
 // PyTorch's current stream on a device.
 cudaStream_t current_stream(int device);
 
+// Whether a CUDA graph is being captured from a stream.
+bool is_capturing(cudaStream_t stream);
+
+// Waits for all work on a stream.
+void wait_for(cudaStream_t stream);
+
 // Throws where the last launch failed.
 void check_launch(const char* kernel);
+
+// Launches a kernel in blocks of kThreads threads. The tests compile the kernels for the host (csrc/testing), where this
+// runs them, and the operators serve CPU tensors.
+template <class... Parameters, class... Arguments>
+void launch_kernel(
+    const char* name, void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream, const Arguments&... arguments) {
+#ifdef MANPP_EMULATION
+  emulation::launch(grid, kThreads, [&] { kernel(arguments...); });
+#else
+  kernel<<<grid, kThreads, 0, stream>>>(arguments...);
+#endif
+  check_launch(name);
+}
+
+#ifdef MANPP_EMULATION
+#define MANPP_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m)
+#else
+#define MANPP_CUDA_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m)
+#endif
 
 // An uninitialised buffer from PyTorch's caching allocator, on the device of `like`.
 Tensor scratch(const Tensor& like, int64_t bytes);

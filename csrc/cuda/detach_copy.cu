@@ -88,16 +88,31 @@ void launch_cast(const Tensor& x, Tensor& y, cudaStream_t stream) {
   constexpr int V = vector_length(sizeof(From) < sizeof(To) ? sizeof(From) : sizeof(To));
   constexpr int64_t per_block = static_cast<int64_t>(kThreads) * V * kPasses;
   int64_t n = x.numel();
-  cast_kernel<From, To><<<checked_blocks((n + per_block - 1) / per_block), kThreads, 0, stream>>>(
-      static_cast<const From*>(x.data_ptr()), static_cast<To*>(y.data_ptr()), n);
+  launch_kernel(
+      "detach_copy",
+      cast_kernel<From, To>,
+      checked_blocks((n + per_block - 1) / per_block),
+      stream,
+      static_cast<const From*>(x.data_ptr()),
+      static_cast<To*>(y.data_ptr()),
+      n);
 }
 
 template <class From, class To>
 void launch_transpose(const Tensor& x, Tensor& y, const Transposition& t, cudaStream_t stream) {
   int64_t down = (t.rows + kTile - 1) / kTile;
   int64_t across = (t.columns + kTile - 1) / kTile;
-  transpose_kernel<From, To><<<checked_blocks(t.batch * down * across), kThreads, 0, stream>>>(
-      static_cast<const From*>(x.data_ptr()), static_cast<To*>(y.data_ptr()), t.rows, t.columns, down, across);
+  launch_kernel(
+      "detach_copy",
+      transpose_kernel<From, To>,
+      checked_blocks(t.batch * down * across),
+      stream,
+      static_cast<const From*>(x.data_ptr()),
+      static_cast<To*>(y.data_ptr()),
+      t.rows,
+      t.columns,
+      down,
+      across);
 }
 
 } // namespace
@@ -121,10 +136,9 @@ void detach_copy(Tensor x, Tensor out) {
       }
     });
   });
-  check_launch("detach_copy");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m) {
+MANPP_CUDA_OPERATORS(m) {
   m.impl("detach_copy", TORCH_BOX(&detach_copy));
 }
 

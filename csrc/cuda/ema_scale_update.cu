@@ -9,6 +9,8 @@ namespace manpp::cuda {
 
 namespace {
 
+constexpr const char* kName = "ema_scale_update";
+
 // One operand's dtypes known when compiling: every access is of 16 bytes, all loads are issued before the first use.
 template <class E, class P, class B>
 struct Typed {
@@ -89,7 +91,7 @@ struct Typed {
 };
 
 template <class Source, class Operands, bool Stochastic>
-__global__ void __launch_bounds__(kThreads) typed_kernel(const __grid_constant__ Source source, const Scalars scalars) {
+__global__ void __launch_bounds__(kThreads) typed_kernel(const Source __grid_constant__ source, const Scalars scalars) {
   Chunk c = source.get(blockIdx.x);
   Factors<float> f = read_factors<float>(scalars, c.group);
   uint32_t key = Stochastic ? random_key(*scalars.seed, c.tensor, static_cast<uint32_t>(c.first >> 32)) : 0;
@@ -123,7 +125,7 @@ __device__ void run_any(const Chunk& c, const Scalars& scalars) {
 }
 
 template <class Source>
-__global__ void __launch_bounds__(kThreads) mixed_kernel(const __grid_constant__ Source source, const Scalars scalars) {
+__global__ void __launch_bounds__(kThreads) mixed_kernel(const Source __grid_constant__ source, const Scalars scalars) {
   Chunk c = source.get(blockIdx.x);
   bool wide = c.ema_type == DType::f64 || c.param_type == DType::f64 || (c.bias != nullptr && c.bias_type == DType::f64);
   if (wide) {
@@ -176,9 +178,9 @@ template <class Source, class E, class P, class B>
 void launch_typed(const Source& source, uint32_t chunks, const Scalars& scalars, cudaStream_t stream) {
   using Operands = Typed<E, P, B>;
   if (sizeof(E) == 2 && scalars.seed != nullptr) {
-    typed_kernel<Source, Operands, sizeof(E) == 2><<<chunks, kThreads, 0, stream>>>(source, scalars);
+    launch_kernel(kName, typed_kernel<Source, Operands, sizeof(E) == 2>, chunks, stream, source, scalars);
   } else {
-    typed_kernel<Source, Operands, false><<<chunks, kThreads, 0, stream>>>(source, scalars);
+    launch_kernel(kName, typed_kernel<Source, Operands, false>, chunks, stream, source, scalars);
   }
 }
 
@@ -210,9 +212,8 @@ void launch(int kernel, const Source& source, uint32_t chunks, const Scalars& sc
       launch_typed<Source, float, Half, std::conditional_t<Weights, Half, void>>(source, chunks, scalars, stream);
       break;
     default:
-      mixed_kernel<Source><<<chunks, kThreads, 0, stream>>>(source, scalars);
+      launch_kernel(kName, mixed_kernel<Source>, chunks, stream, source, scalars);
   }
-  check_launch("ema_scale_update");
 }
 
 template <bool Weights>
@@ -234,29 +235,31 @@ void run_once(const std::vector<Entry>& entries, const Tensor& like, const Scala
 } // namespace
 
 EmaLaunch::EmaLaunch(const std::vector<Entry>& entries, const Tensor& like)
-    : device_(like.get_device_index()), weights_(!entries.empty() && entries.front().bias != nullptr),
-      kernel_(choose_kernel(entries)) {
+    : device_(like.get_device_index()), kernel_(choose_kernel(entries)), chunks_(count_chunks(entries)) {
   for (const Entry& e : entries) {
     weights_ = weights_ || e.bias != nullptr; // an empty tensor's entry has no addresses
   }
   DeviceGuard guard(device_);
   cudaStream_t stream = current_stream(device_);
-  chunks_ = count_chunks(entries);
   table_ = scratch(like, static_cast<int64_t>(chunks_) * sizeof(Chunk));
-  write_chunks(entries, weights_, static_cast<Chunk*>(table_.data_ptr()), stream);
-  // Updates may come on other streams; waiting once here spares every one of them an event. Inside a capture there is
-  // nothing to wait for: what is captured after this on the same stream is ordered behind it.
-  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-  cudaStreamIsCapturing(stream, &capturing);
-  if (capturing == cudaStreamCaptureStatusNone) {
-    cudaError_t error = cudaStreamSynchronize(stream);
-    STD_TORCH_CHECK(error == cudaSuccess, "manpp_kernels: building a plan failed: ", cudaGetErrorString(error));
+  if (is_capturing(stream)) {
+    unwritten_ = entries;
+    return;
   }
+  write_chunks(entries, weights_, static_cast<Chunk*>(table_.data_ptr()), stream);
+  wait_for(stream); // updates may come on other streams; waiting once here spares every one of them an event
 }
 
-void EmaLaunch::run(const Scalars& scalars) const {
+void EmaLaunch::run(const Scalars& scalars) {
   DeviceGuard guard(device_);
   cudaStream_t stream = current_stream(device_);
+  if (!unwritten_.empty()) {
+    write_chunks(unwritten_, weights_, static_cast<Chunk*>(table_.data_ptr()), stream);
+    if (!is_capturing(stream)) {
+      wait_for(stream);
+      unwritten_.clear();
+    }
+  }
   DeviceTable table{static_cast<const Chunk*>(table_.data_ptr())};
   if (weights_) {
     launch<true>(kernel_, table, chunks_, scalars, stream);
@@ -291,7 +294,7 @@ void ema_scale_update(
   table.finish();
 }
 
-STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m) {
+MANPP_CUDA_OPERATORS(m) {
   m.impl("ema_scale_update", TORCH_BOX(&ema_scale_update));
 }
 

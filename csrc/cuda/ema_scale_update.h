@@ -6,20 +6,24 @@
 
 namespace manpp::cuda {
 
-// The tables of an update on a GPU, kept in device memory, for the launch plan.
+// The tables of an update on a GPU, kept in device memory, for the launch plan. Updates on a stream other than the one
+// it was built on have to be done by the time it is deleted, as for any tensor of PyTorch.
 class EmaLaunch {
  public:
   // `like` is any tensor on the device.
   EmaLaunch(const std::vector<Entry>& entries, const Tensor& like);
   // One launch on the current stream; allocates nothing and waits for nothing.
-  void run(const Scalars& scalars) const;
+  void run(const Scalars& scalars);
 
  private:
   int device_;
-  bool weights_;
   int kernel_;
-  uint32_t chunks_ = 0;
+  uint32_t chunks_;
+  bool weights_ = false;
   Tensor table_;
+  // Where it was built inside a capture, which writes nothing yet: every update in a capture then writes the table
+  // first, for its graph may be the first to run, and so does the first update outside.
+  std::vector<Entry> unwritten_;
 };
 
 } // namespace manpp::cuda

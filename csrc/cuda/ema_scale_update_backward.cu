@@ -81,7 +81,7 @@ __device__ double any_share(const Chunk& c, const void* scales, DType scale_type
 // T is the dtype all operands share, or void for any mix of dtypes.
 template <class Source, class T>
 __global__ void __launch_bounds__(kThreads) backward_kernel(
-    const __grid_constant__ Source source, const void* scales, DType scale_type, Share* __restrict__ shares) {
+    const Source __grid_constant__ source, const void* scales, DType scale_type, Share* __restrict__ shares) {
   Chunk c = source.get(blockIdx.x);
   bool need_share = shares != nullptr;
   double sum;
@@ -140,20 +140,22 @@ void launch(
     const Source& source, uint32_t chunks, DType common, const Tensor& scale, Share* shares, cudaStream_t stream) {
   const void* scales = scale.data_ptr();
   DType type = dtype_of(scale);
+  auto run = [&](auto kernel) {
+    launch_kernel("ema_scale_update_backward", kernel, chunks, stream, source, scales, type, shares);
+  };
   switch (common) {
     case DType::f32:
-      backward_kernel<Source, float><<<chunks, kThreads, 0, stream>>>(source, scales, type, shares);
+      run(backward_kernel<Source, float>);
       break;
     case DType::bf16:
-      backward_kernel<Source, BFloat16><<<chunks, kThreads, 0, stream>>>(source, scales, type, shares);
+      run(backward_kernel<Source, BFloat16>);
       break;
     case DType::f16:
-      backward_kernel<Source, Half><<<chunks, kThreads, 0, stream>>>(source, scales, type, shares);
+      run(backward_kernel<Source, Half>);
       break;
     default:
-      backward_kernel<Source, void><<<chunks, kThreads, 0, stream>>>(source, scales, type, shares);
+      run(backward_kernel<Source, void>);
   }
-  check_launch("ema_scale_update_backward");
 }
 
 } // namespace
@@ -190,15 +192,21 @@ void ema_scale_update_backward(
   if (need_share) {
     uint32_t count = static_cast<uint32_t>(grad_scale->numel());
     if (count > 0) {
-      sum_shares_kernel<<<count, kThreads, 0, stream>>>(
-          shares, chunks, grad_scale->data_ptr(), dtype_of(*grad_scale));
-      check_launch("sum_shares");
+      launch_kernel(
+          "sum_shares",
+          sum_shares_kernel,
+          count,
+          stream,
+          shares,
+          chunks,
+          grad_scale->data_ptr(),
+          dtype_of(*grad_scale));
     }
   }
   table.finish();
 }
 
-STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m) {
+MANPP_CUDA_OPERATORS(m) {
   m.impl("ema_scale_update_backward", TORCH_BOX(&ema_scale_update_backward));
 }
 

@@ -13,6 +13,7 @@ namespace {
 // channel (Row) or starts a run of channels (Pixel); Any asks for every element.
 enum class Mode { Scalar, Row, Pixel, Any };
 
+constexpr const char* kBackward = "scale_bias_mix_backward";
 constexpr int kPasses = 4; // vectors of each operand that a thread keeps in flight
 constexpr int kWarps = kThreads / 32;
 constexpr int kSegment = 1024; // elements of a row that a warp sums up in the backward pass
@@ -265,18 +266,19 @@ void launch_forward(
   T* z = static_cast<T*>(out.data_ptr());
   ScaleSource<Arithmetic<T>> source{scale.data_ptr(), dtype_of(scale), total};
   bool vectors = aligned16(x) && aligned16(y) && aligned16(z) && n % V == 0;
-  uint32_t blocks = blocks_for(n, static_cast<int64_t>(kThreads) * kPasses * (vectors ? V : 1));
+  auto run = [&](auto kernel, int length) {
+    uint32_t blocks = blocks_for(n, static_cast<int64_t>(kThreads) * kPasses * length);
+    launch_kernel("scale_bias_mix", kernel, blocks, stream, x, y, z, n, layout, source);
+  };
   if (vectors && layout.channels == 1) {
-    mix_kernel<T, Mode::Scalar><<<blocks, kThreads, 0, stream>>>(x, y, z, n, layout, source);
+    run(mix_kernel<T, Mode::Scalar>, V);
   } else if (vectors && layout.inner % V == 0) {
-    mix_kernel<T, Mode::Row><<<blocks, kThreads, 0, stream>>>(x, y, z, n, layout, source);
+    run(mix_kernel<T, Mode::Row>, V);
   } else if (vectors && layout.inner == 1 && layout.channels % V == 0) {
-    mix_kernel<T, Mode::Pixel><<<blocks, kThreads, 0, stream>>>(x, y, z, n, layout, source);
+    run(mix_kernel<T, Mode::Pixel>, V);
   } else {
-    blocks = blocks_for(n, static_cast<int64_t>(kThreads) * kPasses);
-    mix_kernel<T, Mode::Any><<<blocks, kThreads, 0, stream>>>(x, y, z, n, layout, source);
+    run(mix_kernel<T, Mode::Any>, 1);
   }
-  check_launch("scale_bias_mix");
 }
 
 template <class T>
@@ -302,7 +304,7 @@ void launch_backward(
     make_shares(outer * layout.channels);
     dim3 grid(static_cast<uint32_t>(outer), blocks_for(layout.channels, 32));
     STD_TORCH_CHECK(grid.y <= 65535, "manpp_kernels: more than two million channels");
-    backward_pixels_kernel<T><<<grid, kThreads, 0, stream>>>(o, layout.outer, layout.channels, source, shares);
+    launch_kernel(kBackward, backward_pixels_kernel<T>, grid, stream, o, layout.outer, layout.channels, source, shares);
   } else {
     int64_t row = layout.inner;
     segments = (row + kSegment - 1) / kSegment;
@@ -312,19 +314,20 @@ void launch_backward(
     uint32_t blocks = blocks_for(count, kWarps);
     bool vectors = row % V == 0 && aligned16(o.grad) && aligned16(o.a) && aligned16(o.b) && aligned16(o.grad_a) &&
         aligned16(o.grad_b);
-    if (vectors) {
-      backward_rows_kernel<T, V>
-          <<<blocks, kThreads, 0, stream>>>(o, n, row, segments, layout.channels, source, shares);
-    } else {
-      backward_rows_kernel<T, 1>
-          <<<blocks, kThreads, 0, stream>>>(o, n, row, segments, layout.channels, source, shares);
-    }
+    auto kernel = vectors ? backward_rows_kernel<T, V> : backward_rows_kernel<T, 1>;
+    launch_kernel(kBackward, kernel, blocks, stream, o, n, row, segments, layout.channels, source, shares);
   }
-  check_launch("scale_bias_mix_backward");
   if (need_share) {
-    sum_shares_kernel<<<static_cast<uint32_t>(layout.channels), kThreads, 0, stream>>>(
-        shares, outer, segments, grad_scale.data_ptr(), dtype_of(grad_scale));
-    check_launch("sum_shares");
+    launch_kernel(
+        "sum_shares",
+        sum_shares_kernel,
+        static_cast<uint32_t>(layout.channels),
+        stream,
+        shares,
+        outer,
+        segments,
+        grad_scale.data_ptr(),
+        dtype_of(grad_scale));
   }
 }
 
@@ -376,7 +379,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_mix_backward(
   return {t.grad_a, t.grad_b, t.grad_scale};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m) {
+MANPP_CUDA_OPERATORS(m) {
   m.impl("scale_bias_mix", TORCH_BOX(&scale_bias_mix));
   m.impl("scale_bias_mix_backward", TORCH_BOX(&scale_bias_mix_backward));
 }

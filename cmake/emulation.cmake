@@ -1,0 +1,38 @@
+# The CUDA kernels compiled for the host, by the C++ compiler alone: csrc/testing runs their threads on the CPU, and the
+# operators of csrc/cuda serve CPU tensors. For tests, where there is no GPU; see csrc/testing/emulation.cpp.
+#
+#   cmake -S . -B build/emulated -G Ninja -DMANPP_CUDA=off -DMANPP_EMULATION=on && cmake --build build/emulated --target emulated
+#
+# The sanitizers find accesses out of bounds or off their alignment; Python then has to start with libasan preloaded.
+if(MANPP_WITH_CUDA)
+  message(FATAL_ERROR "MANPP_EMULATION=on needs MANPP_CUDA=off: a .cu file is compiled either for the GPU or for the host.")
+endif()
+
+set(emulated_kernels
+  csrc/cuda/chunks.cu
+  csrc/cuda/ema_scale_update.cu
+  csrc/cuda/ema_scale_update_backward.cu
+  csrc/cuda/scale_bias_mix.cu
+  csrc/cuda/detach_copy.cu)
+set_source_files_properties(${emulated_kernels} PROPERTIES LANGUAGE CXX)
+
+add_library(emulated MODULE EXCLUDE_FROM_ALL
+  csrc/ops.cpp
+  csrc/table.cpp
+  csrc/mix_tensors.cpp
+  csrc/plan_ops.cpp
+  csrc/testing/emulation.cpp
+  ${emulated_kernels})
+set_target_properties(emulated PROPERTIES
+  OUTPUT_NAME _C_emulated PREFIX "" SUFFIX ".abi3.so" LIBRARY_OUTPUT_DIRECTORY "${MANPP_OUTPUT_DIR}"
+  BUILD_WITH_INSTALL_RPATH ON)
+target_include_directories(emulated BEFORE PRIVATE csrc/testing) # cuda_runtime.h
+target_include_directories(emulated SYSTEM PRIVATE
+  "${TORCH_DIR}/include" "${TORCH_DIR}/include/torch/csrc/api/include" ${Python_INCLUDE_DIRS})
+target_compile_definitions(emulated PRIVATE
+  MANPP_EMULATION TORCH_TARGET_VERSION=0x020a000000000000 Py_LIMITED_API=0x030A0000)
+set(sanitizers -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined)
+target_compile_options(emulated PRIVATE
+  -O1 -g1 ${sanitizers} -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas)
+target_link_options(emulated PRIVATE ${sanitizers})
+target_link_libraries(emulated PRIVATE "${TORCH_DIR}/lib/libtorch_cpu.so")

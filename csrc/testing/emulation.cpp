@@ -1,0 +1,240 @@
+// Runs a kernel's threads on the host, and stands in for csrc/cuda/common.cu.
+//
+// A thread is a fiber only where it waits: a fiber starts threads one after another for as long as they finish without
+// waiting, and is set aside at a barrier or shuffle. Blocks, and the threads between two barriers, run in a random order.
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <ucontext.h>
+
+#include "../cpu/ema_scale_update.h"
+#include "../cuda/common.cuh"
+#include "../cuda/ema_scale_update.h"
+
+namespace manpp::emulation {
+
+Index thread_index;
+Index block_index;
+Index grid_size;
+
+namespace {
+
+constexpr size_t kStack = 128 * 1024;
+constexpr uint32_t kWarp = 32;
+
+enum class State { Running, AtBlockBarrier, AtWarpBarrier, Done };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  uint32_t thread = 0; // the one it runs
+};
+
+struct Machine {
+  std::mt19937 random{[] {
+    const char* seed = std::getenv("MANPP_EMULATION_SEED");
+    return seed == nullptr ? 0u : static_cast<uint32_t>(std::atol(seed));
+  }()};
+  ucontext_t scheduler;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  const std::function<void()>* body = nullptr;
+  std::vector<uint32_t> order; // of the threads' starts
+  size_t started = 0;
+  std::vector<State> states;
+  std::vector<uint32_t> fiber_of; // the thread's, where it waits
+  std::vector<uint64_t> mail; // [parity][thread]
+  std::vector<uint8_t> shuffles; // how many a thread has been through, modulo 2
+  uint32_t current = 0;
+};
+
+Machine machine;
+
+[[noreturn]] void fail(const std::string& what) {
+  throw std::runtime_error("manpp_kernels, emulated: " + what);
+}
+
+void run_threads() {
+  Machine& m = machine;
+  uint32_t fiber = m.current;
+  while (m.started < m.order.size()) {
+    uint32_t thread = m.order[m.started++];
+    m.fibers[fiber]->thread = thread;
+    thread_index.x = thread;
+    (*m.body)();
+    m.states[m.fibers[fiber]->thread] = State::Done;
+  }
+  swapcontext(&m.fibers[fiber]->context, &m.scheduler);
+}
+
+void resume(uint32_t fiber) {
+  Machine& m = machine;
+  m.current = fiber;
+  thread_index.x = m.fibers[fiber]->thread;
+  swapcontext(&m.scheduler, &m.fibers[fiber]->context);
+}
+
+void wait(State reason) {
+  Machine& m = machine;
+  uint32_t thread = thread_index.x;
+  uint32_t fiber = m.current;
+  m.states[thread] = reason;
+  m.fiber_of[thread] = fiber;
+  swapcontext(&m.fibers[fiber]->context, &m.scheduler);
+}
+
+// Those that may go on: a warp that is complete, or the block.
+std::vector<uint32_t> released() {
+  Machine& m = machine;
+  std::vector<uint32_t> threads;
+  uint32_t count = static_cast<uint32_t>(m.states.size());
+  for (uint32_t warp = 0; warp < count; warp += kWarp) {
+    auto begin = m.states.begin() + warp;
+    if (std::all_of(begin, begin + kWarp, [](State s) { return s == State::AtWarpBarrier; })) {
+      for (uint32_t i = 0; i < kWarp; ++i) {
+        threads.push_back(warp + i);
+      }
+    }
+  }
+  if (threads.empty() &&
+      std::all_of(m.states.begin(), m.states.end(), [](State s) { return s == State::AtBlockBarrier; })) {
+    threads.resize(count);
+    std::iota(threads.begin(), threads.end(), 0);
+  }
+  return threads;
+}
+
+void run_block(uint32_t threads) {
+  Machine& m = machine;
+  m.order.resize(threads);
+  std::iota(m.order.begin(), m.order.end(), 0);
+  std::shuffle(m.order.begin(), m.order.end(), m.random);
+  m.started = 0;
+  m.states.assign(threads, State::Running);
+  m.fiber_of.assign(threads, 0);
+  m.mail.assign(2 * threads, 0);
+  m.shuffles.assign(threads, 0);
+  for (uint32_t fiber = 0; m.started < threads; ++fiber) {
+    if (fiber == m.fibers.size()) {
+      m.fibers.push_back(std::make_unique<Fiber>());
+    }
+    Fiber& f = *m.fibers[fiber];
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, run_threads, 0);
+    resume(fiber);
+  }
+  while (std::any_of(m.states.begin(), m.states.end(), [](State s) { return s != State::Done; })) {
+    std::vector<uint32_t> ready = released();
+    if (ready.empty()) {
+      fail("some threads wait at a barrier or a shuffle that others of their block or warp never reach");
+    }
+    std::shuffle(ready.begin(), ready.end(), m.random);
+    for (uint32_t thread : ready) {
+      m.states[thread] = State::Running;
+      resume(m.fiber_of[thread]);
+    }
+  }
+}
+
+} // namespace
+
+void launch(dim3 grid, uint32_t threads, const std::function<void()>& thread) {
+  static std::mutex mutex;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (grid.x == 0 || grid.x > 0x7FFFFFFF || grid.y == 0 || grid.y > 65535 || grid.z != 1 || threads % kWarp != 0) {
+    fail("a grid that no GPU launches");
+  }
+  machine.body = &thread;
+  grid_size = {grid.x, grid.y, grid.z};
+  std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  std::shuffle(blocks.begin(), blocks.end(), machine.random);
+  for (uint64_t block : blocks) {
+    block_index = {static_cast<uint32_t>(block % grid.x), static_cast<uint32_t>(block / grid.x), 0};
+    run_block(threads);
+  }
+}
+
+void block_barrier() {
+  wait(State::AtBlockBarrier);
+}
+
+void warp_barrier() {
+  machine.shuffles[thread_index.x] ^= 1;
+  wait(State::AtWarpBarrier);
+}
+
+uint64_t& mailbox(uint32_t lane) {
+  Machine& m = machine;
+  uint32_t warp = thread_index.x / kWarp * kWarp;
+  return m.mail[m.shuffles[thread_index.x] * m.states.size() + warp + lane];
+}
+
+} // namespace manpp::emulation
+
+namespace manpp::cuda {
+
+DeviceGuard::DeviceGuard(int) {}
+DeviceGuard::~DeviceGuard() {}
+
+cudaStream_t current_stream(int) {
+  return nullptr;
+}
+
+// Whether the test says that the stream is being captured; nothing is recorded, everything runs at once.
+static bool capturing = false;
+
+extern "C" __attribute__((visibility("default"))) void manpp_emulate_capture(int32_t on) {
+  capturing = on != 0;
+}
+
+bool is_capturing(cudaStream_t) {
+  return capturing;
+}
+
+void wait_for(cudaStream_t) {
+  STD_TORCH_CHECK(!capturing, "manpp_kernels, emulated: a stream that is being captured cannot be waited for");
+}
+
+void check_launch(const char*) {}
+
+// All bits set: NaN as a floating-point number, so that a share nobody wrote shows.
+Tensor scratch(const Tensor& like, int64_t bytes) {
+  int64_t words = (bytes + 7) / 8;
+  Tensor buffer = torch::stable::new_empty(like, {&words, 1}, torch::headeronly::ScalarType::Long);
+  if (words > 0) {
+    std::memset(buffer.data_ptr(), 0xFF, static_cast<size_t>(words) * 8);
+  }
+  return buffer;
+}
+
+} // namespace manpp::cuda
+
+namespace manpp::cpu {
+
+// What the launch plan asks for on CPU tensors: here the GPU's launch.
+static std::map<const EmaLaunch*, cuda::EmaLaunch>& launches() {
+  static auto* all = new std::map<const EmaLaunch*, cuda::EmaLaunch>();
+  return *all;
+}
+
+EmaLaunch::EmaLaunch(std::vector<Entry> e) : entries(std::move(e)) {
+  const int64_t none = 0;
+  launches().insert_or_assign(this, cuda::EmaLaunch(entries, torch::stable::empty({&none, 1})));
+}
+
+void EmaLaunch::run(const Scalars& scalars) const {
+  launches().at(this).run(scalars);
+}
+
+} // namespace manpp::cpu
