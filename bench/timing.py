@@ -1,0 +1,188 @@
+"""Timing: contenders measured in turns, so that drift of the machine falls on all of them alike."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import manpp_kernels
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Contender:
+    """One way to do the work of a row.
+
+    Attributes:
+        name: as it appears in tables.
+        calls: the work, once for each input set; the timer goes round them.
+        ours: this package's, as against a peer.
+        backend: of this package, in force while it is timed.
+        capture: whether it can be captured in a CUDA graph.
+    """
+
+    name: str
+    calls: Sequence[Call]
+    ours: bool = False
+    backend: str | None = None
+    capture: bool = True
+
+    def in_force(self) -> contextlib.AbstractContextManager[object]:
+        return manpp_kernels.use_backend(self.backend) if self.backend else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds a call: the median over the rounds, the quartiles, the least, and how much was timed."""
+
+    median: float
+    least: float
+    low: float
+    high: float
+    rounds: int
+    calls: int
+
+    @staticmethod
+    def of(times: list[float], calls: int) -> Sample:
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        return Sample(statistics.median(times), min(times), low, high, len(times), calls)
+
+
+class HostClock:
+    """Wall time of calls that are done when they return."""
+
+    def __init__(self, contender: Contender) -> None:
+        self._calls = contender.calls
+        self._next = 0
+
+    def round_up(self, count: int) -> int:
+        return count
+
+    def time(self, count: int) -> float:
+        """Seconds that ``count`` calls take, going on where the last round ended among the input sets."""
+        calls, size = self._calls, len(self._calls)
+        order = [calls[(self._next + i) % size] for i in range(count)]
+        self._next = (self._next + count) % size
+        start = time.perf_counter_ns()
+        for call in order:
+            call()
+        return (time.perf_counter_ns() - start) * 1e-9
+
+
+class DeviceClock(HostClock):
+    """Time between two events on the device, the calls queued as fast as the host can."""
+
+    def __init__(self, contender: Contender) -> None:
+        super().__init__(contender)
+        self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def time(self, count: int) -> float:
+        torch.cuda.synchronize()
+        self._start.record()
+        super().time(count)
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) * 1e-3
+
+
+class GraphClock(DeviceClock):
+    """The same for replays of a CUDA graph that holds a call for every input set."""
+
+    def __init__(self, contender: Contender) -> None:
+        super().__init__(contender)
+        self._work = len(contender.calls)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            contender.calls[0]()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for call in contender.calls:
+                call()
+        self._calls = [self._graph.replay]
+
+    def round_up(self, count: int) -> int:
+        return math.ceil(count / self._work) * self._work
+
+    def time(self, count: int) -> float:
+        return super().time(count // self._work)
+
+
+class LaunchClock(HostClock):
+    """Host time of calls alone: the device is waited for before and after, outside of the measured time."""
+
+    def time(self, count: int) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = super().time(count)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return seconds
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: seconds for each contender, over so many rounds."""
+
+    seconds: float
+    rounds: int
+    most_calls: int = 100_000
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No garbage collection inside."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def race(
+    contenders: Sequence[Contender], clock: type[HostClock], effort: Effort
+) -> tuple[dict[str, Sample], dict[str, str]]:
+    """Measure every contender, in turns.
+
+    Returns:
+        A sample for each contender, and for those that cannot do the work the reason.
+    """
+    running: dict[str, tuple[Contender, HostClock, int]] = {}
+    failed: dict[str, str] = {}
+    for contender in contenders:
+        try:
+            with contender.in_force():
+                timer = clock(contender)
+                timer.time(timer.round_up(1))  # load, compile, build tables
+                timer.time(timer.round_up(len(contender.calls)))
+                once = timer.round_up(1)
+                seconds = min(timer.time(once) for _ in range(2)) / once
+        except Exception as error:
+            if contender.ours:
+                raise
+            failed[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            continue
+        wanted = max(1, min(effort.most_calls, int(effort.seconds / effort.rounds / max(seconds, 1e-9))))
+        running[contender.name] = contender, timer, timer.round_up(wanted)
+    times: dict[str, list[float]] = {name: [] for name in running}
+    with quiet():
+        for done in range(effort.rounds):
+            for name, (contender, timer, count) in running.items():
+                # A call that takes longer than its share is measured five times, not in every round.
+                if done >= 5 and sum(times[name]) * count > effort.seconds:
+                    continue
+                with contender.in_force():
+                    times[name].append(timer.time(count) / count)
+    return {name: Sample.of(times[name], len(times[name]) * running[name][2]) for name in running}, failed

@@ -1,0 +1,207 @@
+"""Step time and memory of training: end to end, checkpointed, by local rules, and by MAN++ in plain PyTorch.
+
+    python bench/training.py [--network resnet32] [--json PATH]        (MANPP_BENCH_QUICK=1 for a look)
+
+The variants take their steps in turns, so that drift of the machine falls on all of them alike. Memory on the CPU is
+the peak of live unique storages that autograd keeps, without parameters; on CUDA the allocator's peak above what lies
+there before the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from common import DEVICE, QUICK, environment, text_table, write_json
+from eager_man_pp import EagerManPlusPlus
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from manpp_kernels.local import SavedTensorMeter, adapt
+from manpp_kernels.models import MODELS
+from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+
+CLASSES = 10
+IMAGE = (3, 16, 16) if QUICK else (3, 32, 32)
+BATCH = 8 if QUICK else 128
+# The network, its blocks (the stem and every unit), and how many rounds are timed.
+NETWORKS = {"resnet20": (10, 2)} if QUICK else {"resnet32": (16, 9), "resnet110": (55, 5)}
+E2E, EAGER = "e2e", "MAN++, plain PyTorch"
+WIDE = {"width": "wide"}
+
+
+class Trains(Protocol):
+    def step(self, batch: tuple[Tensor, Tensor]) -> object: ...
+
+    def persistent_tensors(self) -> list[Tensor]: ...
+
+
+class Checkpointed:
+    """End to end with every unit recomputed in the backward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.parts = model, adapt(model)
+        self.optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+    def persistent_tensors(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def step(self, batch: tuple[Tensor, Tensor]) -> None:
+        images, targets = batch
+        self.optimizer.zero_grad()
+        x = self.parts.stem(images)
+        for unit in self.parts.units.values():
+            # The reentrant form recomputes through ordinary autograd, so that the memory meter sees what it keeps.
+            x = checkpoint(unit, x, use_reentrant=True)
+        F.cross_entropy(self.parts.head(x), targets).backward()
+        self.optimizer.step()
+
+
+def _ours(**settings: Any) -> Callable[[nn.Module], Trains]:
+    return lambda model: LocalTrainer(model, TrainerConfig(measure_memory=False, **settings), example=IMAGE)
+
+
+def _man_pp(form: str, order: str) -> Callable[[nn.Module], Trains]:
+    return _ours(rule="man++", rule_options={"form": form}, order=order)
+
+
+VARIANTS: dict[str, Callable[[nn.Module], Trains]] = {
+    E2E: _ours(rule="e2e"),
+    "e2e, checkpointed": Checkpointed,
+    "dgl, wide head": _ours(rule="dgl", rule_options=WIDE),
+    EAGER: lambda model: EagerManPlusPlus(model, IMAGE, CLASSES),
+    "MAN++ activation form": _man_pp("activation", "published"),
+    "MAN++ activation form, unlocked": _man_pp("activation", "unlocked"),
+    "MAN++ parameter form": _man_pp("parameter", "published"),
+    "MAN++ parameter form, unlocked": _man_pp("parameter", "unlocked"),
+}
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_memory(trainer: Trains, batch: tuple[Tensor, Tensor]) -> dict[str, int]:
+    """Memory of one step, gradients of the step before dropped first."""
+    for t in trainer.persistent_tensors():
+        t.grad = None
+    gc.collect()
+    before = 0
+    if DEVICE.type == "cuda":
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with SavedTensorMeter(trainer.persistent_tensors()) as meter:
+        trainer.step(batch)
+    memory = {"saved_bytes": meter.peak_bytes}
+    if DEVICE.type == "cuda":
+        memory["allocated_bytes"] = torch.cuda.max_memory_allocated() - before
+    return memory
+
+
+def step_seconds(trainer: Trains, batch: tuple[Tensor, Tensor], steps: int) -> float:
+    synchronize()
+    start = time.perf_counter_ns()
+    for _ in range(steps):
+        trainer.step(batch)
+    synchronize()
+    return (time.perf_counter_ns() - start) * 1e-9 / steps
+
+
+def measure(network: str, variants: list[str]) -> list[dict[str, Any]]:
+    """A row for each variant."""
+    blocks, rounds = NETWORKS[network]
+    steps = 3 if DEVICE.type == "cuda" and not QUICK else 1
+    torch.manual_seed(0)
+    batch = torch.randn(BATCH, *IMAGE, device=DEVICE), torch.randint(0, CLASSES, (BATCH,), device=DEVICE)
+    trainers: dict[str, Trains] = {}
+    memory: dict[str, dict[str, int]] = {}
+    for name in variants:
+        torch.manual_seed(0)
+        trainer = VARIANTS[name](MODELS[network](CLASSES).to(DEVICE).train())
+        trainer.step(batch)  # the optimizer's state, the plans, the choice of convolutions
+        memory[name] = step_memory(trainer, batch)
+        trainers[name] = trainer
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    again: list[float] = []
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            times[name].append(step_seconds(trainer, batch, steps))
+        again.append(step_seconds(trainers[variants[0]], batch, steps))
+    kind = "allocated_bytes" if DEVICE.type == "cuda" else "saved_bytes"
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    return [
+        {
+            "network": network,
+            "blocks": blocks,
+            "batch": BATCH,
+            "image": list(IMAGE),
+            "variant": name,
+            "seconds": round(medians[name], 6),
+            "min_seconds": round(min(times[name]), 6),
+            "max_seconds": round(max(times[name]), 6),
+            "again_seconds": round(statistics.median(again), 6) if name == variants[0] else None,
+            "rounds": rounds,
+            **memory[name],
+            "memory_share": round(memory[name][kind] / memory[E2E][kind], 4) if E2E in memory else None,
+            # The median over the rounds of the quotient within a round, which drift leaves alone.
+            "speed_up": _quotient(times[EAGER], times[name]) if EAGER in times else None,
+            "of_e2e": _quotient(times[name], times[E2E]) if E2E in times else None,
+        }
+        for name in variants
+    ]
+
+
+def _quotient(over: list[float], under: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(over, under, strict=True)), 4)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    kind = "allocated_bytes" if DEVICE.type == "cuda" else "saved_bytes"
+
+    def share(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    lines = [
+        [
+            f"{r['network']}, K = {r['blocks']}: {r['variant']}",
+            f"{1e3 * r['seconds']:.1f}",
+            f"{1e3 * r['min_seconds']:.1f}",
+            share(r["of_e2e"], "{:.2f}"),
+            share(r["speed_up"], "{:.2f}x"),
+            f"{r[kind] / 2**20:.1f}",
+            share(r["memory_share"], "{:.1%}"),
+        ]
+        for r in rows
+    ]
+    head = ["training step", "ms", "min ms", "of e2e", "over plain", "MiB", "of e2e's memory"]
+    return text_table(head, lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", action="append", choices=list(NETWORKS), help="may be repeated [all]")
+    parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="may be repeated [all]")
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    args = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    for network in args.network or NETWORKS:
+        rows += measure(network, args.variant or list(VARIANTS))
+        gc.collect()
+        if args.json is not None:  # after each network, so that a time limit leaves what there is
+            write_json(args.json, {"environment": environment(), "rows": rows})
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
