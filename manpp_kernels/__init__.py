@@ -1,9 +1,20 @@
-"""Gradient-isolated training made practical: fused kernels for EMA, scale-bias and detach, and a local-learning trainer."""
+"""Training by gradient-isolated local blocks: fused kernels for EMA, scale-bias and detach, and a trainer."""
 
 from manpp_kernels.backends import available, use_backend, why_not
+from manpp_kernels.ema import ModelEma, ema_multi_avg_fn
 from manpp_kernels.ops.detach_copy import detach_copy
 from manpp_kernels.ops.ema_scale_update import ema_scale_update
 from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
 from manpp_kernels.plan import EmaPlan
 
-__all__ = ["EmaPlan", "available", "detach_copy", "ema_scale_update", "scale_bias_mix", "use_backend", "why_not"]
+__all__ = [
+    "EmaPlan",
+    "ModelEma",
+    "available",
+    "detach_copy",
+    "ema_multi_avg_fn",
+    "ema_scale_update",
+    "scale_bias_mix",
+    "use_backend",
+    "why_not",
+]

@@ -119,7 +119,7 @@ class EmaPlan:
         )
         if address:
             self._native = _plan.Plan(address, *_library_functions())
-            self._simple = self.bias is None and self._seed is None and not self._requires_grad
+            self._simple = self.bias is None and self._seed is None
 
     def update(self, momentum: float | Tensor, scale: Tensor | None = None) -> list[Tensor] | None:
         """Move the EMA one step, in place; with ``bias``, compute the effective weights in the same pass.
@@ -134,6 +134,7 @@ class EmaPlan:
         # The common case first: every attribute looked up here is host time of every training step.
         if (
             self._simple
+            and not (self._requires_grad and torch.is_grad_enabled())
             and type(momentum) is float
             and 0.0 <= momentum <= 1.0
             and scale is None

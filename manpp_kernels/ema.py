@@ -1,0 +1,364 @@
+"""Drop-ins for the EMA of a model: ``ModelEma`` for timm's, ``ema_multi_avg_fn`` for PyTorch's ``AveragedModel``."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manpp_kernels.ops import _checks
+from manpp_kernels.ops.ema_scale_update import Rounding, ema_scale_update
+from manpp_kernels.plan import EmaPlan
+
+
+def _local(t: Tensor) -> Tensor:
+    """The part of a distributed tensor that is on this rank: an EMA needs no other."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(t, distributed.DTensor):
+        with torch.no_grad():  # under which to_local gives the very shard, not a view of it
+            return t.to_local()
+    return t
+
+
+# ------------------------------------------------------------------------------------------------ ema_multi_avg_fn
+
+
+class _EmaMultiAvg:
+    """What :func:`ema_multi_avg_fn` returns. A class, so that a copy of an ``AveragedModel`` starts without plans."""
+
+    def __init__(self, decay: float, rounding: Rounding) -> None:
+        self.decay, self.rounding = decay, rounding
+        # AveragedModel passes one group of tensors after another, each time as new tensors on the same memory. A group
+        # seen a second time in the same place gets a plan; memory that is new at every call (a model on another device
+        # is copied over for each update) is not worth one.
+        self._plans: dict[Any, EmaPlan] = {}
+        self._seen: dict[Any, Any] = {}
+
+    @torch.no_grad()
+    def __call__(self, ema: Sequence[Tensor], params: Sequence[Tensor], num_averaged: Any = None) -> None:
+        if len(ema) != len(params):
+            raise ValueError(f"the averaged list has {len(ema)} tensors and the current one {len(params)}")
+        averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for e, p in zip(map(_local, ema), map(_local, params), strict=True):
+            if e.is_complex() and p.is_complex():
+                e, p = torch.view_as_real(e), torch.view_as_real(p)
+            if e.is_floating_point():
+                averaged[0].append(e)
+                averaged[1].append(p)
+            else:
+                # A counter or mask: averaged in floating point and cut, as PyTorch's own function does.
+                e.copy_(e * self.decay + p * (1 - self.decay))
+        if averaged[0]:
+            self._update(*averaged)
+
+    def _update(self, ema: list[Tensor], params: list[Tensor]) -> None:
+        group = (ema[0].device, ema[0].dtype)
+        place = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*ema, *params)]
+        known = self._seen.get(group) == place
+        self._seen[group] = place
+        if not known:
+            self._plans.pop(group, None)
+            ema_scale_update(ema, params, self.decay, rounding=self.rounding)
+            return
+        if group not in self._plans:
+            # The plan holds tensors on this memory, so that as long as it is used nothing else can come to lie there.
+            self._plans[group] = EmaPlan(ema, params, rounding=self.rounding)
+        self._plans[group].update(self.decay)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _EmaMultiAvg, (self.decay, self.rounding)
+
+
+def ema_multi_avg_fn(
+    decay: float = 0.999, *, rounding: Rounding = "nearest"
+) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
+    """An EMA for ``torch.optim.swa_utils.AveragedModel``, in one launch.
+
+    ``AveragedModel(model, multi_avg_fn=ema_multi_avg_fn(0.999))`` does what it does with PyTorch's own
+    ``get_ema_multi_avg_fn``: parameters (and with ``use_buffers=True`` buffers) become
+    ``decay * averaged + (1 - decay) * current``; integer buffers too, cut to integers. The function keeps references
+    to the tensors it last averaged; it can be copied and pickled, without them.
+
+    Args:
+        decay: in [0, 1].
+        rounding: ``"stochastic"`` lets bfloat16 and float16 averages of a high decay move; see
+            :func:`manpp_kernels.ema_scale_update`.
+
+    Raises:
+        TypeError: decay is not a number.
+        ValueError: decay outside [0, 1] or NaN; an unknown rounding.
+    """
+    if isinstance(decay, bool) or not isinstance(decay, int | float):
+        raise TypeError(f"decay has to be a float, and is {type(decay).__name__}")
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay has to lie in [0, 1], and is {decay}")
+    if rounding not in _checks.ROUNDINGS:
+        raise ValueError(f"rounding has to be one of {', '.join(_checks.ROUNDINGS)}, and is {rounding!r}")
+    return _EmaMultiAvg(float(decay), rounding)
+
+
+# -------------------------------------------------------------------------------------------------------- ModelEma
+
+Pair = tuple[str, Tensor, Tensor]  # name, EMA, current
+
+
+def _parts(module: nn.Module, found: list[Any]) -> list[Any]:
+    """Every parameter and buffer of ``module``, and None where one is not set, in order of definition."""
+    found.extend(module._parameters.values())
+    found.extend(module._buffers.values())
+    for child in module._modules.values():
+        if child is not None:
+            _parts(child, found)
+    return found
+
+
+class _Launches:
+    """How one model is averaged into one EMA: by which plans, and what is copied instead.
+
+    Args:
+        averaged: the floating-point pairs.
+        copied: the others, and all buffers where buffers are to be copied.
+        rounding: of an EMA of a given dtype.
+        generator: for stochastic rounding, on a given device.
+    """
+
+    def __init__(
+        self,
+        averaged: list[Pair],
+        copied: list[Pair],
+        rounding: Callable[[torch.dtype], Rounding],
+        generator: Callable[[torch.device], torch.Generator],
+    ) -> None:
+        groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        self._brought: list[tuple[Tensor, Tensor]] = []
+        for _, e, p in averaged:
+            if e.device != p.device:
+                # An EMA kept elsewhere, as on the CPU for a model on a GPU: the model is brought there first.
+                here = torch.empty_like(p, device=e.device, requires_grad=False)
+                self._brought.append((here, p))
+                p = here
+            lists = groups[e.device, rounding(e.dtype)]
+            lists[0].append(e)
+            lists[1].append(p)
+        self._plans = [
+            EmaPlan(*lists, rounding=kind, generator=generator(device) if kind == "stochastic" else None)
+            for (device, kind), lists in groups.items()
+        ]
+        self._copied = [(e, p) for _, e, p in copied]
+
+    def run(self, decay: float) -> None:
+        for here, p in self._brought:
+            here.copy_(p)
+        for plan in self._plans:
+            plan.update(decay)
+        for e, p in self._copied:
+            e.copy_(p)
+
+
+def _forgetting(ema: ModelEma) -> Callable[[Any], None]:
+    """What to do when the model is gone: let go of the plans, which keep its tensors alive."""
+    this = weakref.ref(ema)
+
+    def forget(_: Any) -> None:
+        alive = this()
+        if alive is not None:
+            alive._forget()
+
+    return forget
+
+
+class ModelEma(nn.Module):
+    """An exponential moving average of a model: ``timm.utils.ModelEmaV3``, on the launches of this package.
+
+    A drop-in: the arguments, methods and numbers of timm's class, with one launch for all parameters and floating-point
+    buffers. Integer buffers (and complex ones) are copied. Two things differ, both on purpose: a tensor that occurs
+    twice in the model (tied weights) is averaged once a step, not twice, and a model that does not match is an error.
+
+    Args:
+        model: what is averaged; :attr:`module` starts as a copy of it, in eval mode.
+        decay: the EMA's momentum, in [0, 1].
+        min_decay: the smallest momentum during warm-up.
+        update_after_step: up to this step the EMA is the model itself.
+        use_warmup: raise the momentum as ``1 - (1 + step / warmup_gamma) ** -warmup_power``.
+        warmup_gamma, warmup_power: of this formula.
+        device: where the EMA is kept; with the model if None. The CPU saves GPU memory and costs a transfer a step.
+        dtype: of the EMA; the model's if None. float32 for a model in half precision, for instance.
+        stochastic_rounding: whether bfloat16 EMAs are rounded stochastically. They stop moving otherwise.
+        stochastic_rounding_seed: of the private random numbers for it, which are the same on every rank.
+        foreach: accepted as timm does, and without effect: there is one launch either way.
+        exclude_buffers: copy every buffer, the floating-point ones too.
+        rounding: overrules ``stochastic_rounding``, for float16 as well as bfloat16: ``"nearest"`` or ``"stochastic"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.9999,
+        min_decay: float = 0.0,
+        update_after_step: int = 0,
+        use_warmup: bool = False,
+        warmup_gamma: float = 1.0,
+        warmup_power: float = 2 / 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = True,
+        stochastic_rounding_seed: int = 0,
+        foreach: bool = True,
+        exclude_buffers: bool = False,
+        *,
+        rounding: Rounding | None = None,
+    ) -> None:
+        super().__init__()
+        if rounding is not None and rounding not in _checks.ROUNDINGS:
+            raise ValueError(f"rounding has to be one of {', '.join(_checks.ROUNDINGS)}, or None, and is {rounding!r}")
+        self.module = copy.deepcopy(model)
+        self.module.eval()
+        self.decay = decay
+        self.min_decay = min_decay
+        self.update_after_step = update_after_step
+        self.use_warmup = use_warmup
+        self.warmup_gamma = warmup_gamma
+        self.warmup_power = warmup_power
+        self.device = device
+        self.dtype = dtype
+        self.stochastic_rounding = stochastic_rounding
+        self.stochastic_rounding_seed = stochastic_rounding_seed
+        self.foreach = foreach
+        self.exclude_buffers = exclude_buffers
+        self.rounding = rounding
+        if device is not None:
+            self.module.to(device=device)
+        if dtype is not None:
+            self.module.to(dtype=dtype)
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._forget()
+
+    # --- the schedule and the updates, as timm has them
+
+    def get_decay(self, step: int | None = None) -> float:
+        """The momentum at a step: 0 up to ``update_after_step``, then the warm-up's, then ``decay``."""
+        if step is None:
+            return self.decay
+        step = max(0, step - self.update_after_step - 1)
+        if step <= 0:
+            return 0.0
+        if not self.use_warmup:
+            return self.decay
+        warming = 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power
+        return max(min(warming, self.decay), self.min_decay)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int | None = None) -> None:
+        """Move the EMA one step towards ``model``; call after the optimizer's step.
+
+        Raises:
+            ValueError: the parameters or buffers of ``model`` are not those of the EMA in number or shape; a momentum
+                outside [0, 1].
+        """
+        decay = self.get_decay(step)
+        if self.exclude_buffers:
+            self.apply_update_no_buffers_(model, decay)
+        else:
+            self.apply_update_(model, decay)
+
+    @torch.no_grad()
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Average everything of floating point in the state_dict, copy the rest."""
+        self._launches(model, self._pair_states).run(decay)
+
+    @torch.no_grad()
+    def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
+        """Average the parameters, copy the buffers."""
+        self._launches(model, self._pair_parameters).run(decay)
+
+    @torch.no_grad()
+    def set(self, model: nn.Module) -> None:
+        """Make the EMA what ``model`` is."""
+        for _, e, p in self._pairs(self.module.state_dict(), model.state_dict()):
+            e.copy_(p)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the averaged model."""
+        return self.module(*args, **kwargs)
+
+    # --- which tensors belong together
+
+    def _pair_states(self, model: nn.Module) -> tuple[list[Pair], list[Pair]]:
+        pairs = self._pairs(self.module.state_dict(keep_vars=True), model.state_dict(keep_vars=True))
+        averaged = [pair for pair in pairs if pair[1].is_floating_point()]
+        return averaged, [pair for pair in pairs if not pair[1].is_floating_point()]
+
+    def _pair_parameters(self, model: nn.Module) -> tuple[list[Pair], list[Pair]]:
+        averaged = self._pairs(dict(self.module.named_parameters()), dict(model.named_parameters()))
+        return averaged, self._pairs(dict(self.module.named_buffers()), dict(model.named_buffers()))
+
+    @staticmethod
+    def _pairs(ema: dict[str, Any], current: dict[str, Any]) -> list[Pair]:
+        """Pairs by order, as the names of a wrapped model (DDP, compiled) differ; a shared tensor only once."""
+        if len(ema) != len(current):
+            raise ValueError(f"the model has {len(current)} parameters and buffers, its EMA {len(ema)}")
+        pairs: dict[int, Pair] = {}
+        for (name, e), p in zip(ema.items(), current.values(), strict=True):
+            if not isinstance(e, Tensor) or not isinstance(p, Tensor):
+                continue  # a module's extra state
+            if e.shape != p.shape:
+                raise ValueError(f"{name} has the shape {tuple(p.shape)} in the model, {tuple(e.shape)} in its EMA")
+            pairs.setdefault(id(e), (name, _local(e), _local(p)))
+        return list(pairs.values())
+
+    # --- launches are prepared at the first update, and again when the modules hold other tensors
+
+    def _forget(self) -> None:
+        self._prepared: dict[Any, tuple[list[Any], _Launches]] = {}
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def _launches(self, model: nn.Module, pair: Callable[[nn.Module], tuple[list[Pair], list[Pair]]]) -> _Launches:
+        # Tensors that move within their parameter (.data, module.to) the plans notice themselves. Assigned parameters
+        # and buffers are new tensors, which a walk over the modules finds, at a third of the price of a state_dict.
+        parts = [*map(id, _parts(model, _parts(self.module, [])))]
+        if self._model is None or self._model() is not model:
+            self._forget()
+            self._model = weakref.ref(model, _forgetting(self))
+        kind = pair.__name__
+        found = self._prepared.get(kind)
+        if found is not None and found[0] == parts:
+            return found[1]
+        averaged, copied = pair(model)
+        launches = _Launches(averaged, copied, self._rounding, self._generator)
+        # state_dict hooks may hand out tensors made for the occasion, and a shard can be replaced within its DTensor:
+        # then the next step has to look again.
+        own = set(parts)
+        if all(id(t) in own for _, *both in averaged + copied for t in both):
+            self._prepared[kind] = parts, launches
+        return launches
+
+    def _rounding(self, dtype: torch.dtype) -> Rounding:
+        if self.rounding is not None:
+            return self.rounding
+        return "stochastic" if self.stochastic_rounding and dtype == torch.bfloat16 else "nearest"
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.stochastic_rounding_seed)
+        return self._generators[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles: launches are addresses of this instance's tensors, and are prepared anew. The state of the
+        # random numbers goes along, generators themselves cannot where they belong to a GPU.
+        state = self.__dict__.copy()
+        state["_prepared"], state["_model"] = {}, None
+        state["_generators"] = {d: g.get_state() for d, g in self._generators.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        states = state.pop("_generators")
+        super().__setstate__(state)
+        self._generators = {}
+        for device, value in states.items():
+            self._generator(device).set_state(value)

@@ -1,0 +1,180 @@
+"""``ModelEma`` copied, saved, restored, moved, and given other tensors between its updates; beside timm's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Target
+from ema_models import Net, assert_same, change, side_by_side
+from torch import nn
+
+from manpp_kernels import ModelEma
+
+
+def roundtrip(ema: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(ema, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e)), roundtrip], ids=["deepcopy", "pickle", "save"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copies(target: Target, dtype: torch.dtype, make: Callable[[nn.Module], nn.Module]) -> None:
+    """A copy goes on by itself, from the same state (that of the random numbers, too), and leaves the first alone."""
+    model = Net(torch.float).to(target.device, dtype)
+    ema = ModelEma(model, decay=0.5)
+    ema.update(model)
+    change(model, 0)
+    ema.update(model)
+    other = make(ema)
+    before = copy.deepcopy(ema.state_dict())
+    change(model, 1)
+    other.update(model)
+    for name, value in ema.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    ema.update(model)
+    for (name, a), b in zip(ema.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_state_dict_round_trip(target: Target) -> None:
+    """Also from timm's, and into it: the keys are the same."""
+    model = Net().to(target.device)
+    ours, theirs = side_by_side(model, decay=0.5)
+    for step in range(3):
+        change(model, step)
+        ours.update(model)
+        theirs.update(model)
+    for assign in (False, True):
+        restored = ModelEma(Net().to(target.device), decay=0.5)
+        restored.update(model)  # its launches are prepared, for the tensors it has now
+        restored.load_state_dict(copy.deepcopy(theirs.state_dict()), assign=assign)
+        change(model, 9)
+        expected = copy.deepcopy(theirs)
+        for ema in (restored, expected):
+            ema.update(model)
+        a, b = restored.state_dict(), expected.state_dict()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6)
+    theirs.load_state_dict(ours.state_dict())
+
+
+def _replace_parameter(model: nn.Module, ema: nn.Module) -> None:
+    model.head.bias = nn.Parameter(torch.randn_like(model.head.bias))
+
+
+def _replace_buffer(model: nn.Module, ema: nn.Module) -> None:
+    model.mask = ~model.mask
+
+
+def _replace_buffer_of_ema(model: nn.Module, ema: nn.Module) -> None:
+    norm = ema.module.features[1]
+    norm.running_mean = norm.running_mean.clone()
+
+
+def _replace_module(model: nn.Module, ema: nn.Module) -> None:
+    model.head = nn.Linear(5, 4).to(model.frozen.device)
+
+
+def _replace_module_of_ema(model: nn.Module, ema: nn.Module) -> None:
+    ema.module.head = copy.deepcopy(ema.module.head)
+
+
+def _new_data(module: nn.Module) -> None:
+    for p in module.parameters():
+        p.data = p.data.clone()
+
+
+def _to_empty(model: nn.Module, ema: nn.Module) -> None:
+    values = [t.detach().clone() for t in [*model.parameters(), *model.buffers()]]
+    model.to_empty(device=model.frozen.device)
+    with torch.no_grad():
+        for t, value in zip([*model.parameters(), *model.buffers()], values, strict=True):
+            t.copy_(value)
+
+
+MOVES: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
+    "model.data": lambda model, ema: _new_data(model),
+    "ema.data": lambda model, ema: _new_data(ema),
+    "model.to(dtype)": lambda model, ema: model.double(),
+    "ema.to(dtype)": lambda model, ema: ema.double(),
+    "model.to(memory_format)": lambda model, ema: model.to(memory_format=torch.channels_last),
+    "a parameter is replaced": _replace_parameter,
+    "a buffer is replaced": _replace_buffer,
+    "a buffer of the EMA is replaced": _replace_buffer_of_ema,
+    "a module is replaced": _replace_module,
+    "a module of the EMA is replaced": _replace_module_of_ema,
+    "load_state_dict(assign)": lambda model, ema: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    "to_empty": _to_empty,
+}
+
+
+@pytest.mark.parametrize("exclude_buffers", [False, True])
+@pytest.mark.parametrize("move", MOVES)
+def test_tensors_that_move_between_updates(target: Target, move: str, exclude_buffers: bool) -> None:
+    torch.manual_seed(0)
+    model = Net().to(target.device)
+    ours, theirs = side_by_side(model, decay=0.5, exclude_buffers=exclude_buffers)
+    for ema in (ours, theirs):
+        ema.update(model)
+    torch.manual_seed(1)
+    MOVES[move](model, ours)
+    if move == "ema.to(dtype)":
+        theirs.double()
+    for step in range(2):
+        change(model, step)
+        for ema in (ours, theirs):
+            ema.update(model)
+        assert_same(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_another_model_and_a_model_that_is_gone(target: Target) -> None:
+    first, second = Net().to(target.device), Net().to(target.device)
+    ours, theirs = side_by_side(first, decay=0.5)
+    for model in (first, second, first, second):
+        for ema in (ours, theirs):
+            ema.update(model)
+        assert_same(ours, theirs, rtol=2e-6, atol=2e-6)
+    gone = weakref.ref(second.frozen)
+    del second, model
+    assert gone() is None, "the EMA keeps no memory of the model's"
+    ours.update(first)
+    theirs.update(first)
+    assert_same(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_devices(device: str) -> None:
+    """An EMA on the CPU of a model on the GPU, and either of them moved later."""
+    model = Net().cuda()
+    ours, theirs = side_by_side(model, decay=0.5, device=device)
+    for step in range(3):
+        change(model, step)
+        ours.update(model)
+        theirs.update(model)
+        assert_same(ours, theirs, rtol=2e-6, atol=2e-6)
+    assert next(ours.parameters()).device.type == device
+    ours.to("cpu" if device == "cuda" else "cuda")
+    change(model, 5)
+    ours.update(model)
+    theirs.update(model)
+    assert_same(ours.to(device), theirs, rtol=2e-6, atol=2e-6)
+    model.cpu()
+    change(model, 6)
+    ours.to("cpu").update(model)
+    theirs = theirs.to("cpu")
+    theirs.device = "cpu"
+    theirs.update(model)
+    assert_same(ours, theirs, rtol=2e-6, atol=2e-6)
