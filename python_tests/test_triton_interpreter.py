@@ -21,8 +21,8 @@ FILES = sorted((Path(__file__).parent / "triton_kernels").glob("*.py"))
 
 def run(file: Path, **environment: str) -> None:
     """Run pytest on one file in a fresh process; on failure, fail with what it printed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
-    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MANPP_BACKEND")}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "MANPP_", "PYTEST_"))}
     done = subprocess.run(
         command,
         env={**inherited, "OMP_NUM_THREADS": "1", **environment},

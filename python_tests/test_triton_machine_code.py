@@ -22,27 +22,23 @@ from manpp_kernels.backends.triton.variants import VARIANTS
 
 EVERYWHERE = [
     "update f32",
-    "update and weights f32",
-    "update bf16 from f32, stochastic",
+    "update and weights bf16",
     "update backward f32",
-    "update backward bf16",
     "mix f32, planes",
-    "mix bf16, channels last",
-    "mix backward f32, planes",
     "mix backward bf16, channels last",
     "cast f32 to bf16",
-    "transpose f32",
     "transpose bf16",
 ]
 ON_SM_90 = [
-    "update bf16",
+    "update bf16 from f32, stochastic",
     "update of all dtypes",
-    "update and weights bf16",
+    "update and weights f32",
     "update and weights f32, some misaligned",
-    "mix bf16, planes",
-    "mix backward bf16, planes",
+    "update backward bf16",
+    "mix bf16, channels last",
+    "mix backward f32, planes",
     "mix backward f32, maps only",
-    "transpose f32, odd",
+    "transpose f32",
 ]
 
 if os.environ.get("MANPP_AOT") == "all":

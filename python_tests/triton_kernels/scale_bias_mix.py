@@ -38,11 +38,15 @@ def scales(channels: int) -> list[Tensor]:
     return [torch.tensor(0.7, device=DEVICE), wide[:channels].bfloat16(), wide[::2]]
 
 
-CASES = [(shape, last) for shape in SHAPES for last in ((False, True) if len(shape) == 4 else (False,))]
+CASES = [
+    (shape, last, dtype)
+    for shape in SHAPES
+    for last in ((False, True) if len(shape) == 4 else (False,))
+    for dtype in (DTYPES if shape == (3, 16, 8, 8) else DTYPES[:2])
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "last"), CASES)
+@pytest.mark.parametrize(("shape", "last", "dtype"), CASES)
 def test_both_passes(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
     lb, ema, grad = maps(shape, dtype, last, 3)
     for scale in scales(shape[1]):
@@ -108,9 +112,9 @@ def test_reduction_is_the_same_every_time_and_leaves_no_trace() -> None:
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_gradcheck(per_channel: bool, last: bool) -> None:
-    lb, ema = (x.requires_grad_() for x in maps((2, 3, 2, 2), torch.float64, last, 2))
+    lb, ema = (x.requires_grad_() for x in maps((1, 2, 2, 2), torch.float64, last, 2))
     scale = (
-        torch.linspace(0.5, 1, 3, dtype=torch.float64, device=DEVICE)
+        torch.linspace(0.5, 1, 2, dtype=torch.float64, device=DEVICE)
         if per_channel
         else torch.tensor(0.7, dtype=torch.float64, device=DEVICE)
     )

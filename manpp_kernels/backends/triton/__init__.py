@@ -1,7 +1,8 @@
 """The operators in Triton: NVIDIA and AMD GPUs where no compiler is installed, and the CPU under the interpreter.
 
 A file per operator holds its kernel, its launch and its function, which takes the arguments of the operator's schema.
-A launch plan uses ``ema_scale_update.build_table`` once and ``ema_scale_update.launch`` at every step.
+A launch plan calls ``build_table`` once and ``launch`` at every step, both from the module ``ema_scale_update`` (by
+``from manpp_kernels.backends.triton.ema_scale_update import …``: in this package the name stands for the function).
 """
 
 from manpp_kernels.backends.triton.detach_copy import detach_copy

@@ -225,8 +225,11 @@ def sum_of_slots(slots, count, SLOTS: tl.constexpr):
     """The sum of ``slots[:count]`` in float64, in an order that ``count`` alone fixes; after :func:`arrives_last`."""
     local = tl.arange(0, SLOTS)
     total = tl.zeros((SLOTS,), tl.float64)
-    for at in range(0, count, SLOTS):
+    # Here and elsewhere `while`, as Triton 3.6 interprets no `range` over a tensor beside NumPy 2.4.
+    at = 0
+    while at < count:
         # Past the L1 cache, which is not kept in step with what other processors store.
         slot = tl.load(slots + at + local, mask=local < count - at, other=0.0, cache_modifier=".cg")
         total += slot.to(tl.float64)
+        at += SLOTS
     return tl.sum(total)

@@ -67,10 +67,10 @@ def _stretch(
         grad_bias = tl.load(row + 3)
     local = tl.arange(0, CHUNK)
     products = tl.zeros((CHUNK,), TO)
-    for at in range(0, count, CHUNK):
-        at = tl.multiple_of(at, CHUNK)
-        offset = start + at + local
-        mask = local < count - at
+    chunk = 0
+    while chunk * CHUNK < count:
+        offset = start + chunk * CHUNK + local
+        mask = local < count - chunk * CHUNK
         g = load_as(grad, codes & 15, offset, mask, GRAD, TO, ALIGNED)
         if BIAS:
             b = load_as(bias, (codes >> 4) & 15, offset, mask, BIAS, TO, ALIGNED)
@@ -78,6 +78,7 @@ def _stretch(
             products += g * (b - e)
         if GRAD_BIAS:
             store_as(grad_bias, (codes >> 12) & 15, offset, mask, s.to(TO) * g, GRAD_BIAS, ALIGNED)
+        chunk += 1
     return tl.sum(products)
 
 

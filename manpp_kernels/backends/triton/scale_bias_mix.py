@@ -97,7 +97,7 @@ def _tile(
     channels = channels.to(tl.int64)
     inner = inner.to(tl.int64)
     if INSIDE:
-        row = tile * tl.full((), BLOCK_ROWS, tl.int64)
+        row = tile.to(tl.int64) * BLOCK_ROWS
         start = block.to(tl.int64) * BLOCK_X
         stride = tl.multiple_of(channels, VEC)
         left = channels - start
@@ -164,7 +164,8 @@ def scale_bias_mix_backward_kernel(
     s = _scale_of(scale, scale_stride, block, channels, TO, INSIDE, BLOCK_X)
     rest = from_bits(total_bits).to(TO) - s
     products = tl.zeros((BLOCK_ROWS, BLOCK_X), TO)
-    for tile in range(split, tiles, splits):
+    tile = split
+    while tile < tiles:
         offset, mask = _tile(tile, block, rows, channels, inner, INSIDE, BLOCK_ROWS, BLOCK_X, VEC)
         g = widen(tl.load(grad + offset, mask=mask, other=0.0), TO)
         if grad_lb is not None:
@@ -175,6 +176,7 @@ def scale_bias_mix_backward_kernel(
             lb = widen(tl.load(lb_out + offset, mask=mask, other=0.0), TO)
             ema = widen(tl.load(ema_out + offset, mask=mask, other=0.0), TO)
             products += g * (lb - ema)
+        tile += splits
     if grad_scale is not None:
         # Each program has slots of its own, added in the order of their numbers by whichever program comes last.
         if INSIDE:
@@ -183,10 +185,12 @@ def scale_bias_mix_backward_kernel(
             if arrives_last(counters + block, splits):
                 total = tl.zeros((BLOCK_ROWS, BLOCK_X), tl.float64)
                 r = tl.arange(0, BLOCK_ROWS)[:, None]
-                for at in range(0, splits, BLOCK_ROWS):
+                at = 0
+                while at < splits:
                     slots = partials + (at + r) * channels + c[None, :]
                     mask = (at + r < splits) & (c < channels)[None, :]
                     total += tl.load(slots, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float64)
+                    at += BLOCK_ROWS
                 sums = narrow(tl.sum(total, 0), grad_scale.dtype.element_ty)
                 tl.store(grad_scale + c, sums, mask=c < channels)
         else:
