@@ -97,12 +97,12 @@ def check_tensors(what: str, found: Mapping[str, Any], expected: Mapping[str, Te
     extra = [key for key in found if key not in expected]
     if missing or extra:
         which = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which is not there"
-        raise CheckpointError(f"the checkpoint is of another network: its {what} {which}")
+        raise CheckpointError(f"the checkpoint is of another network: its part {what!r} {which}")
     for key, value in expected.items():
         if isinstance(value, Tensor) and (not isinstance(found[key], Tensor) or found[key].shape != value.shape):
             shape = tuple(found[key].shape) if isinstance(found[key], Tensor) else type(found[key]).__name__
             raise CheckpointError(
-                f"the checkpoint is of another network: {key!r} of its {what} has the shape {shape}, here it is "
+                f"the checkpoint is of another network: {key!r} of its part {what!r} has the shape {shape}, here it is "
                 f"{tuple(value.shape)}"
             )
 
@@ -132,6 +132,21 @@ def check_schedulers(found: Sequence[Any], schedulers: Sequence[Any]) -> None:
             raise CheckpointError(
                 f"the checkpoint's scheduler is no {type(scheduler).__name__}; use the scheduler it was written with"
             )
+
+
+def check_fits(
+    state: Mapping[str, Any],
+    kind: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    schedulers: Sequence[Any],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Raise CheckpointError where a checkpoint is not of the training that ``kind`` and the rest describe."""
+    check_kind(state["kind"], kind)
+    for what, expected in tensors.items():
+        check_tensors(what, state[what], expected)
+    check_schedulers(state["schedulers"], schedulers)
+    check_optimizers(state["optimizers"], optimizers)
 
 
 def loader_generators(loader: Any) -> list[torch.Generator]:

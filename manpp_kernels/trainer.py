@@ -1,4 +1,4 @@
-"""``LocalTrainer``: gradient-isolated training of any model, one local block at a time.
+"""``LocalTrainer``: gradient-isolated training of any model, one local block at a time::
 
 trainer = LocalTrainer(model, TrainerConfig(rule="man++"), example=(3, 32, 32))
 trainer.fit(train_loader, epochs=100, val_loader=val_loader, checkpoint_dir="run")
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from manpp_kernels import checkpoint
 from manpp_kernels.local.auxiliary import Criterion
-from manpp_kernels.local.config import AMP_DTYPES, TrainerConfig
+from manpp_kernels.local.config import AMP_DTYPES, OptimizerFactory, SchedulerFactory, TrainerConfig
 from manpp_kernels.local.epoch import EpochTotals, batches_from, deferred_interrupt
 from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
@@ -34,10 +34,6 @@ from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
 __all__ = ["CHECKPOINT_NAME", "LocalTrainer", "StepResult", "TrainerConfig"]
 
 CHECKPOINT_NAME = "checkpoint.pt"
-
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 
 
 class LocalTrainer:
@@ -82,11 +78,10 @@ class LocalTrainer:
         rule = make_rule(config.rule, config.rule_options)
         self._layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.model = model.to(self.device)
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)
         blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
         parts = partition(model, blocks, example=example, balance=config.balance)
         self._criterion = criterion or functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+        # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
         self.network = LocalNetwork(parts, rule, self._criterion, num_classes).to(memory_format=self._layout)
         self._amp_dtype = AMP_DTYPES[config.amp]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
@@ -96,7 +91,7 @@ class LocalTrainer:
 
         self._unlocked = config.order == "unlocked"
         self._ema = [self.network.ema_updates()] if self._unlocked else self.network.ema_updates_by_block()
-        make = optimizer or self._default_optimizer
+        make = optimizer or config.sgd
         self._by_block = by_block = [block.trainable() for block in self.network]
         groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
         self.optimizers = [make(group) for group in groups]
@@ -110,13 +105,7 @@ class LocalTrainer:
         self._epoch_start: dict[str, Any] | None = None  # the generators at the start of the current epoch
         self._loaded_rng: dict[str, Any] | None = None  # from a checkpoint, until fit has the loader's generators
         self._generators: list[torch.Generator] = []
-        self._stepping = False
-
-    def _default_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        c = self.config
-        return torch.optim.SGD(
-            parameters, c.learning_rate, momentum=c.sgd_momentum, nesterov=c.nesterov, weight_decay=c.weight_decay
-        )
+        self._stepping, self._first_step = False, True
 
     # One step
 
@@ -127,19 +116,23 @@ class LocalTrainer:
             batch: images (N, ...) of a floating dtype, and targets: class numbers (N,), or what the criterion takes.
 
         Raises:
-            ValueError: the batch does not fit the network (labels are checked where they lie on the CPU).
+            ValueError: the batch does not fit the network (labels on an accelerator are checked
+                in the first step only).
         """
-        check_batch(batch, self.config.accumulate, len(self.network), self.network.num_classes)
-        images, targets = self._on_device(batch)
         count = self.config.accumulate
+        # Where labels lie on an accelerator, looking at them makes the step wait for the one before: only once then.
+        labels = self._first_step or batch[1].device.type == "cpu"
+        check_batch(batch, count, len(self.network), self.network.num_classes, labels=labels)
+        self._first_step = False
+        images, targets = self._on_device(batch)
         parts = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
         self.network.train()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self._stepping = True
         result = self._step_unlocked(parts) if self._unlocked else self._step_published(parts)
-        if self.config.schedule == "step":
-            self._step_schedulers()
+        for scheduler in self.schedulers if self.config.schedule == "step" else ():
+            scheduler.step()
         self._stepping = False
         return result
 
@@ -194,10 +187,6 @@ class LocalTrainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._amp_dtype)
 
-    def _step_schedulers(self) -> None:
-        for scheduler in self.schedulers:
-            scheduler.step()
-
     def _on_device(self, batch: Batch) -> Batch:
         images, targets = batch
         images = images.to(self.device, non_blocking=True)
@@ -240,18 +229,14 @@ class LocalTrainer:
             over the epoch's steps), ``val_loss`` and ``val_acc`` (None without ``val_loader``), ``lr``, ``seconds`` (of
             the training), ``seconds_per_step`` (without the first, which measures memory), ``images_per_second``,
             ``peak_memory_bytes`` and ``memory`` (what that is: on CUDA the allocator's peak over the epoch, elsewhere
-            the peak of live saved tensors in its first step).
-
-            Ctrl-C ends it after the step at hand: the checkpoint is written, ``interrupted`` is set, and the history
-            so far is returned. A second Ctrl-C ends it at once.
+            the peak of live saved tensors in its first step). Ctrl-C ends it after the step at hand: the checkpoint is
+            written, ``interrupted`` set, the history so far returned; a second Ctrl-C raises at once.
         """
         path = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
         if resume is True and path is None:
-            raise ValueError(
-                "resume=True continues from checkpoint_dir, which is not given; give it or a path to resume"
-            )
+            raise ValueError("resume=True continues from checkpoint_dir; give checkpoint_dir, or the path to resume")
         if resume:
-            self.load(path if resume is True and path is not None else Path(str(resume)))
+            self.load(path if resume is True and path is not None else str(resume))
         self._generators = checkpoint.loader_generators(loader)
         self.interrupted = self._stepping = False
         with deferred_interrupt() as interrupt:
@@ -294,8 +279,8 @@ class LocalTrainer:
                 result = self.step(batch)
             self.position += 1
             totals.add(result.losses[-1], result.logits, batch[1])
-            if i == 0:
-                self._synchronize()
+            if i == 0 and cuda:
+                torch.cuda.synchronize(self.device)
             now = time.perf_counter()
             totals.tick(now - last, timed=i > 0)
             last = now
@@ -306,15 +291,14 @@ class LocalTrainer:
                 last = time.perf_counter()
             if interrupt.is_set():
                 return False
-        self._synchronize()
-        totals.tick(time.perf_counter() - last, timed=True, steps=0)
         if cuda:
+            torch.cuda.synchronize(self.device)
+            totals.tick(time.perf_counter() - last, timed=True, steps=0)
             totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device))
         return True
 
     def _batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        now = self._loaded_rng or checkpoint.rng_state(self._generators)
-        self._loaded_rng = None
+        now, self._loaded_rng = self._loaded_rng or self._rng_state(), None
         if self.position == 0:
             self._epoch_start = now
         return batches_from(loader, self.epoch, self.position, self._epoch_start, now, self._generators)
@@ -333,13 +317,9 @@ class LocalTrainer:
                 "memory": "cuda allocator peak" if self.device.type == "cuda" else "live saved tensors peak",
             }
         )
-        if self.config.schedule == "epoch":
-            self._step_schedulers()
+        for scheduler in self.schedulers if self.config.schedule == "epoch" else ():
+            scheduler.step()
         self.epoch, self.position, self._totals, self._epoch_start = self.epoch + 1, 0, EpochTotals(), None
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
@@ -354,8 +334,7 @@ class LocalTrainer:
                 totals.add(loss, logits, targets)
         if totals.images == 0:
             raise ValueError("the loader gave no batch to evaluate")
-        row = totals.row()
-        return {"accuracy": row["train_acc"], "loss": row["train_loss"], "images": totals.images}
+        return {"accuracy": totals.accuracy(), "loss": totals.mean_loss(), "images": totals.images}
 
     # What comes out, and what is kept
 
@@ -373,8 +352,7 @@ class LocalTrainer:
             path,
             {
                 "kind": self._kind(),
-                "model": self.model.state_dict(),
-                "auxiliary": self.network.auxiliary_state_dict(),
+                **self._tensors(),
                 "optimizers": [o.state_dict() for o in self.optimizers],
                 "schedulers": [s.state_dict() for s in self.schedulers],
                 "scaler": self._scaler.state_dict(),
@@ -382,7 +360,7 @@ class LocalTrainer:
                 "totals": dataclasses.asdict(self._totals),
                 "history": self.history,
                 "epoch_start": self._epoch_start,
-                "rng": self._loaded_rng or checkpoint.rng_state(self._generators),
+                "rng": self._rng_state(),
             },
         )
 
@@ -394,18 +372,12 @@ class LocalTrainer:
             CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
         """
         state = checkpoint.read(path)
-        checkpoint.check_kind(state["kind"], self._kind())
-        checkpoint.check_tensors("model", state["model"], self.model.state_dict())
-        checkpoint.check_tensors("auxiliary networks", state["auxiliary"], self.network.auxiliary_state_dict())
-        checkpoint.check_optimizers(state["optimizers"], self.optimizers)
-        checkpoint.check_schedulers(state["schedulers"], self.schedulers)
-
+        checkpoint.check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
         self.model.load_state_dict(state["model"])
         self.network.load_auxiliary_state_dict(state["auxiliary"])
-        for each, loaded in zip(
-            self.optimizers + self.schedulers, state["optimizers"] + state["schedulers"], strict=True
-        ):
-            each.load_state_dict(loaded)
+        steppers, states = [*self.optimizers, *self.schedulers], [*state["optimizers"], *state["schedulers"]]
+        for stepper, loaded in zip(steppers, states, strict=True):
+            stepper.load_state_dict(loaded)
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]
@@ -414,6 +386,15 @@ class LocalTrainer:
         self._epoch_start, self._loaded_rng = state["epoch_start"], state["rng"]
         # The loader's own generators follow in fit, which has the loader.
         checkpoint.set_rng_state({**state["rng"], "generators": []})
+
+    def _rng_state(self) -> dict[str, Any]:
+        if self._loaded_rng is None:
+            return checkpoint.rng_state(self._generators)
+        # Loaded, and the loader not seen yet: its generators are where the checkpoint has them.
+        return {**checkpoint.rng_state(), "generators": self._loaded_rng["generators"]}
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {"model": self.model.state_dict(), "auxiliary": self.network.auxiliary_state_dict()}
 
     def _kind(self) -> dict[str, object]:
         return {**self.network.describe(), "order": self.config.order, "amp": self.config.amp}

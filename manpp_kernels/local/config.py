@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,8 @@ import torch
 
 from manpp_kernels.local.rules import choose
 
+OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
 AMP_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,3 +65,13 @@ class TrainerConfig:
             raise ValueError(f"accumulate has to be 1 or more, and is {self.accumulate}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm has to be positive or None, and is {self.clip_norm}")
+
+    def sgd(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer that a trainer uses which is given none."""
+        return torch.optim.SGD(
+            parameters,
+            self.learning_rate,
+            momentum=self.sgd_momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+        )

@@ -40,11 +40,19 @@ class EpochTotals:
             self.timed_seconds += seconds
             self.timed_steps += steps
 
+    def mean_loss(self) -> float:
+        """Over the images; waits for the device."""
+        return float(self.loss) / self.images
+
+    def accuracy(self) -> float:
+        """From 0 to 1; waits for the device."""
+        return float(self.correct) / self.images
+
     def row(self) -> dict[str, Any]:
         """The epoch's figures; waits for the device."""
         return {
-            "train_loss": float(self.loss) / self.images,
-            "train_acc": float(self.correct) / self.images,
+            "train_loss": self.mean_loss(),
+            "train_acc": self.accuracy(),
             "seconds": self.seconds,
             "seconds_per_step": self.timed_seconds / self.timed_steps if self.timed_steps else self.seconds,
             "images_per_second": self.images / max(self.seconds, 1e-9),

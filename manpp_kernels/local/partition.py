@@ -234,7 +234,10 @@ def partition(
 
 
 def example_images(example: Any, like: Tensor) -> Tensor:
-    """At most two images of the device and dtype of ``like``, for measuring shapes: from a batch, or drawn for a shape (C, H, W) or (N, C, H, W)."""
+    """At most two images to measure shapes with, of the device and dtype of ``like``.
+
+    They come from a batch, or are drawn for a shape (C, H, W) or (N, C, H, W).
+    """
     if isinstance(example, tuple | list) and example and isinstance(example[0], Tensor):
         example = example[0]
     if isinstance(example, Tensor):

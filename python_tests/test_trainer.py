@@ -1,0 +1,351 @@
+"""``LocalTrainer``: steps, epochs, their options, and what comes out."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from manpp_kernels.models import CifarResNet
+from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer, TrainerConfig
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+def small_model(classes: int = 4) -> CifarResNet:
+    torch.manual_seed(0)
+    return CifarResNet((1, 1, 1), num_classes=classes, widths=(4, 6, 8))
+
+
+def small_trainer(model: nn.Module | None = None, optimizer=SGD, scheduler=None, **config) -> LocalTrainer:
+    return LocalTrainer(
+        small_model() if model is None else model,
+        TrainerConfig(**config),
+        example=(3, 8, 8),
+        optimizer=optimizer,
+        scheduler=scheduler,
+    )
+
+
+def batch(n: int = 8, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 3, side, side), torch.arange(n) % 4
+
+
+def loader(n: int = 24, size: int = 8) -> DataLoader:
+    return DataLoader(TensorDataset(*batch(n)), batch_size=size, shuffle=True)
+
+
+def without_norm() -> nn.Sequential:
+    """No layer looks across the batch, so the gradient of a batch is the mean of its parts'."""
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4, 4)).double()
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_accumulation_is_the_whole_batch_where_no_layer_looks_across_it(count: int) -> None:
+    model = without_norm()
+    whole = small_trainer(copy.deepcopy(model), rule="e2e")
+    parts = small_trainer(copy.deepcopy(model), rule="e2e", accumulate=count)
+    images, targets = torch.randn(7, 3, 8, 8, dtype=torch.float64), torch.arange(7) % 4
+    for _ in range(2):
+        a, b = whole.step((images, targets)), parts.step((images, targets))
+        torch.testing.assert_close(a.losses, b.losses)
+        torch.testing.assert_close(a.logits, b.logits)
+    torch.testing.assert_close(whole.model.state_dict(), parts.model.state_dict(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", ["published", "unlocked"])
+@pytest.mark.parametrize("form", ["activation", "parameter"])
+def test_accumulation_of_equal_parts_is_their_mean_gradient_and_moves_the_ema_once(order: str, form: str) -> None:
+    trainer = small_trainer(small_model().double(), order=order, rule_options={"form": form}, accumulate=2)
+    before = copy.deepcopy(trainer.network.state_dict())
+    images, targets = batch()
+    images = images.double()
+
+    # The same, by hand: the gradients of both halves, at the same parameters and the same EMA.
+    by_hand = small_trainer(small_model().double(), order=order, rule_options={"form": form})
+    by_hand.network.load_state_dict(before)
+    if order == "unlocked":
+        by_hand._ema[0].update()
+    for half in (slice(0, 4), slice(4, 8)):
+        x = images[half]
+        for block in by_hand.network:
+            out = block(x, images[half], targets[half])
+            (out.loss / 2).backward()
+            x = out.features
+    if order == "published":
+        for ema in by_hand._ema:
+            ema.update()
+    for optimizer in by_hand.optimizers:
+        optimizer.step()
+
+    trainer.step((images, targets))
+    torch.testing.assert_close(
+        dict(trainer.network.named_parameters()), dict(by_hand.network.named_parameters()), rtol=1e-11, atol=1e-12
+    )
+    moved = [k for k, v in trainer.network.named_parameters() if ".ema." in k and not torch.equal(v, before[k])]
+    assert (
+        order == "published"
+    ) or moved == []  # the EMA starts as a copy, so the first unlocked update changes nothing
+
+
+@pytest.mark.parametrize("order", ["published", "unlocked"])
+def test_clipping_is_per_block(order: str) -> None:
+    images, targets = batch()
+    free = small_trainer(order=order)
+    free.step((images, targets))
+    norm = 0.05
+    clipped = small_trainer(order=order, clip_norm=norm)
+    starts = [[p.detach().clone() for p in block.trainable()] for block in clipped.network]
+    clipped.step((images, targets))
+    for block, unclipped, start in zip(clipped.network, free.network, starts, strict=True):
+        moved = torch.cat([(p - s).flatten() for p, s in zip(block.trainable(), start, strict=True)])
+        wanted = torch.cat([(p - s).flatten() for p, s in zip(unclipped.trainable(), start, strict=True)])
+        assert wanted.norm() > 0.1 * norm  # SGD with a rate of 0.1 moves by a tenth of the gradient
+        torch.testing.assert_close(moved, wanted * min(1.0, 0.1 * norm / wanted.norm().item()), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["activation", "parameter"])
+@pytest.mark.parametrize("order", ["published", "unlocked"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast(amp: str, order: str, form: str) -> None:
+    trainer = small_trainer(amp=amp, order=order, rule_options={"form": form})
+    exact = small_trainer(order=order, rule_options={"form": form})
+    data = batch()
+    result, expected = trainer.step(data), exact.step(data)
+    assert result.logits.dtype == (torch.bfloat16 if amp == "bf16" else torch.float16)
+    torch.testing.assert_close(torch.stack(result.losses).float(), torch.stack(expected.losses), rtol=0.05, atol=0.05)
+    assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
+    assert all(torch.isfinite(p).all() for p in trainer.network.parameters())
+
+
+def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path: Path) -> None:
+    trainer = small_trainer(amp="fp16", clip_norm=1.0)
+    before = copy.deepcopy(trainer.model.fc.weight)
+    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=128.0)  # the usual start overflows in a few steps
+    trainer.step(batch())
+    assert not torch.equal(trainer.model.fc.weight, before)
+    assert trainer._scaler.get_scale() == 128.0
+    before = copy.deepcopy(trainer.model.fc.weight)
+    images, targets = batch()
+    trainer.step((images * float("inf"), targets))
+    assert torch.equal(trainer.model.fc.weight, before)
+    assert trainer._scaler.get_scale() == 64.0
+    trainer.save(tmp_path / "c.pt")
+    other = small_trainer(amp="fp16", clip_norm=1.0)
+    other.load(tmp_path / "c.pt")
+    assert other._scaler.get_scale() == 64.0
+
+
+def test_channels_last_gives_the_same() -> None:
+    data = batch()
+    plain, last = small_trainer(), small_trainer(channels_last=True)
+    assert last.model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(plain.step(data).losses, last.step(data).losses, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain.step(data).losses, last.step(data).losses, rtol=1e-2, atol=1e-3)
+
+
+def test_compiled_bodies_give_the_same() -> None:
+    data = batch()
+    plain, compiled = small_trainer(), small_trainer(compile="aot_eager")
+    torch.testing.assert_close(plain.step(data).losses, compiled.step(data).losses, rtol=1e-4, atol=1e-5)
+    assert list(compiled.export_state_dict()) == list(small_model().state_dict())
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("epoch", 2), ("step", 6)])
+@pytest.mark.parametrize("order", ["published", "unlocked"])
+def test_schedules(schedule: str, steps: int, order: str) -> None:
+    trainer = small_trainer(
+        order=order, schedule=schedule, scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)
+    )
+    history = trainer.fit(loader(), 2)
+    assert all(o.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**steps) for o in trainer.optimizers)
+    assert history[0]["lr"] == pytest.approx(0.1 * (1 if schedule == "epoch" else 0.5**3))
+
+
+def test_any_optimizer() -> None:
+    for make in (torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad):
+        for order in ("published", "unlocked"):
+            trainer = small_trainer(optimizer=make, order=order)
+            trainer.step(batch())
+            assert len(trainer.optimizers) == (1 if order == "published" else 4)
+
+
+def test_the_default_optimizer_is_the_published_sgd() -> None:
+    (optimizer,) = small_trainer(optimizer=None).optimizers
+    group = optimizer.param_groups[0]
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4)
+
+
+def test_a_history_row() -> None:
+    torch.manual_seed(1)
+    trainer = small_trainer()
+    rows: list[dict] = []
+    history = trainer.fit(loader(), 2, val_loader=loader(), on_epoch=lambda t, row: rows.append(row))
+    assert rows == history
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert set(history[0]) == {
+        "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "seconds_per_step",
+        "images_per_second", "peak_memory_bytes", "memory",
+    }  # fmt: skip
+    assert 0 <= history[0]["train_acc"] <= 1
+    assert history[0]["peak_memory_bytes"] > 0
+    assert history[0]["seconds"] > history[0]["seconds_per_step"] > 0
+    assert small_trainer().fit(loader(), 1)[0]["val_acc"] is None
+
+
+def test_the_mean_loss_of_an_epoch_is_over_images() -> None:
+    """With a last batch that is smaller, and a rate of 0, so that the model stays as it is."""
+    trainer = small_trainer(optimizer=functools.partial(torch.optim.SGD, lr=0.0))
+    losses: list[tuple[float, int]] = []
+    row = trainer.fit(loader(12, 8), 1, on_step=lambda t, r: losses.append((r.losses[-1].item(), len(r.logits))))[0]
+    assert [n for _, n in losses] == [8, 4]
+    assert row["train_loss"] == pytest.approx(sum(x * n for x, n in losses) / 12, rel=1e-6)
+
+
+def test_evaluate_is_the_deployed_model() -> None:
+    trainer = small_trainer()
+    trainer.step(batch())
+    images, targets = batch(10)
+    found = trainer.evaluate([(images[:7], targets[:7]), (images[7:], targets[7:])])
+    deployed = small_model()
+    deployed.load_state_dict(trainer.export_state_dict())
+    deployed.eval()
+    logits = deployed(images)
+    assert found["images"] == 10
+    assert found["accuracy"] == pytest.approx((logits.argmax(1) == targets).double().mean().item())
+    assert found["loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    assert trainer.model.training
+
+
+def test_training_learns() -> None:
+    torch.manual_seed(0)
+    targets = torch.arange(64) % 4
+    images = torch.randn(64, 3, 8, 8) + torch.eye(4)[targets][:, :3, None, None] * 2
+    data = DataLoader(TensorDataset(images, targets), batch_size=16, shuffle=True)
+    for config in ({}, {"order": "unlocked", "rule_options": {"form": "parameter"}}):
+        trainer = small_trainer(optimizer=functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9), **config)
+        history = trainer.fit(data, 12, val_loader=data)
+        assert history[-1]["train_acc"] > 0.9
+        assert history[-1]["val_acc"] > 0.8
+
+
+def test_soft_targets_and_an_own_criterion() -> None:
+    images, targets = batch()
+    soft = torch.eye(4)[targets]
+    hard, mixed = small_trainer(), small_trainer()
+    torch.testing.assert_close(hard.step((images, targets)).losses, mixed.step((images, soft)).losses)
+    own = LocalTrainer(
+        small_model(), example=(3, 8, 8), criterion=lambda logits, t: nn.functional.mse_loss(logits, torch.eye(4)[t])
+    )
+    result = own.step((images, targets))
+    torch.testing.assert_close(result.losses[-1], nn.functional.mse_loss(result.logits, soft))
+    smooth = small_trainer(label_smoothing=0.1)
+    result = smooth.step((images, targets))
+    expected = nn.functional.cross_entropy(result.logits, targets, label_smoothing=0.1)
+    torch.testing.assert_close(result.losses[-1], expected)
+
+
+def test_ctrl_c_ends_after_the_step_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    trainer = small_trainer()
+    steps: list[int] = []
+
+    def press(t: LocalTrainer, result: object) -> None:
+        steps.append(t.position)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    history = trainer.fit(loader(), 3, on_step=press, checkpoint_dir=tmp_path)
+    assert trainer.interrupted
+    assert steps == [1, 2]
+    assert history == []
+    assert (tmp_path / CHECKPOINT_NAME).exists()
+    assert signal.getsignal(signal.SIGINT) is before
+    trainer.fit(loader(), 1)
+    assert not trainer.interrupted
+
+
+def test_a_second_ctrl_c_in_a_step_saves_nothing(tmp_path: Path) -> None:
+    trainer = small_trainer()
+
+    def press_twice(module: nn.Module, args: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    trainer.model.layer3[0].register_forward_pre_hook(press_twice)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(loader(), 1, checkpoint_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rule": "dlg"}, "no rule 'dlg'"),
+        ({"order": "locked"}, "order has to be one of published, unlocked"),
+        ({"amp": "fp8"}, "amp has to be one of"),
+        ({"schedule": "batch"}, "schedule has to be one of"),
+        ({"balance": "time"}, "balance has to be one of"),
+        ({"accumulate": 0}, "accumulate has to be 1 or more"),
+        ({"clip_norm": 0.0}, "clip_norm has to be positive"),
+        ({"blocks": 9}, "blocks is 9, and CifarResNet can be divided into 1 to 4"),
+        ({"rule": "e2e", "blocks": 2}, "end-to-end training has 1 block"),
+    ],
+)
+def test_wrong_configurations(config: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_trainer(**config)
+
+
+def test_wrong_class_counts_and_batches() -> None:
+    with pytest.raises(ValueError, match="num_classes is 7, and the model's output has 4"):
+        LocalTrainer(small_model(), example=(3, 8, 8), num_classes=7)
+    trainer = small_trainer()
+    before = copy.deepcopy(trainer.network.state_dict())
+    images, targets = batch()
+    for wrong, message in (
+        ((images, targets + 1), "labels lie between 1 and 4, and the model has 4 classes"),
+        ((images, targets - 1), "labels lie between -1 and 2"),
+        ((images, targets[:3]), "8 images and 3 targets"),
+        ((images[:1], targets[:1]), "leaves 1 images for one"),
+        (((images * 9).to(torch.uint8), targets), "images have to be of a floating dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.step(wrong)
+    after = trainer.network.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    for empty in (trainer.evaluate, functools.partial(trainer.fit, epochs=1)):
+        with pytest.raises(ValueError, match="the loader gave no batch"):
+            empty([])
+    with pytest.raises(ValueError, match="resume=True continues from checkpoint_dir"):
+        trainer.fit(loader(), 1, resume=True)
+
+
+def test_features_that_no_head_fits() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Flatten(), nn.Linear(12, 4))
+    with pytest.raises(ValueError, match=r"the DGL head takes feature maps \(N, C, H, W\) or vectors"):
+        LocalTrainer(model, TrainerConfig(rule="dgl"), example=torch.randn(2, 3, 4))
+
+
+def test_vectors_as_features() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4))
+    for rule in ("dgl", "man++"):
+        trainer = LocalTrainer(copy.deepcopy(model), TrainerConfig(rule=rule), example=(6,))
+        assert len(trainer.step((torch.randn(8, 6), torch.arange(8) % 4)).losses) == 2
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
+def test_torchvision_models_train(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    model = models.get_model(name, num_classes=4)
+    trainer = LocalTrainer(model, TrainerConfig(blocks=["layer2.1", "layer3.0"]), example=(3, 32, 32))
+    assert len(trainer.step(batch(4, 32)).losses) == 3
+    assert list(trainer.export_state_dict()) == list(models.get_model(name, num_classes=4).state_dict())
