@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 import weakref
 from collections import defaultdict
@@ -29,6 +30,16 @@ def _local(t: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ ema_multi_avg_fn
 
 
+def _place(tensors: Sequence[Tensor]) -> tuple[list[Any], ...] | None:
+    """Where and how tensors lie in memory; None where a subclass keeps its elements elsewhere."""
+    if any(kind is not Tensor for kind in map(type, tensors)):
+        return None
+    return tuple(list(map(look, tensors)) for look in (Tensor.data_ptr, Tensor.stride, _SHAPE, _DTYPE))
+
+
+_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
+
+
 class _EmaMultiAvg:
     """What :func:`ema_multi_avg_fn` returns. A class, so that a copy of an ``AveragedModel`` starts without plans."""
 
@@ -37,13 +48,34 @@ class _EmaMultiAvg:
         # AveragedModel passes one group of tensors after another, each time as new tensors on the same memory. A group
         # seen a second time in the same place gets a plan; memory that is new at every call (a model on another device
         # is copied over for each update) is not worth one.
-        self._plans: dict[Any, EmaPlan] = {}
         self._seen: dict[Any, Any] = {}
+        self._plans: dict[Any, EmaPlan] = {}
 
     @torch.no_grad()
     def __call__(self, ema: Sequence[Tensor], params: Sequence[Tensor], num_averaged: Any = None) -> None:
         if len(ema) != len(params):
             raise ValueError(f"the averaged list has {len(ema)} tensors and the current one {len(params)}")
+        if not ema:
+            return
+        group = (ema[0].device, ema[0].dtype)
+        place = (_place(ema), _place(params))
+        known = None not in place and self._seen.get(group) == place
+        if not known:
+            self._plans.pop(group, None)
+            self._seen[group] = place
+        if group in self._plans:
+            self._plans[group].update(self.decay)
+            return
+        averaged = self._average_the_rest(ema, params)
+        if known and len(averaged[0]) == len(ema):
+            # The plan holds tensors on this memory, so that as long as it is used nothing else can come to lie there.
+            self._plans[group] = EmaPlan(*averaged, rounding=self.rounding)
+            self._plans[group].update(self.decay)
+        elif averaged[0]:
+            ema_scale_update(*averaged, self.decay, rounding=self.rounding)
+
+    def _average_the_rest(self, ema: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The floating-point pairs, once the others have been averaged here."""
         averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
         for e, p in zip(map(_local, ema), map(_local, params), strict=True):
             if e.is_complex() and p.is_complex():
@@ -54,22 +86,7 @@ class _EmaMultiAvg:
             else:
                 # A counter or mask: averaged in floating point and cut, as PyTorch's own function does.
                 e.copy_(e * self.decay + p * (1 - self.decay))
-        if averaged[0]:
-            self._update(*averaged)
-
-    def _update(self, ema: list[Tensor], params: list[Tensor]) -> None:
-        group = (ema[0].device, ema[0].dtype)
-        place = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*ema, *params)]
-        known = self._seen.get(group) == place
-        self._seen[group] = place
-        if not known:
-            self._plans.pop(group, None)
-            ema_scale_update(ema, params, self.decay, rounding=self.rounding)
-            return
-        if group not in self._plans:
-            # The plan holds tensors on this memory, so that as long as it is used nothing else can come to lie there.
-            self._plans[group] = EmaPlan(ema, params, rounding=self.rounding)
-        self._plans[group].update(self.decay)
+        return averaged
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _EmaMultiAvg, (self.decay, self.rounding)
