@@ -372,7 +372,7 @@ class TestTraining:
         assert "epoch 1/1" in capsys.readouterr().out
 
     def test_demo(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        words = ["--epochs", "1", "--image-size", "8", "--limit", "128", "--out", str(tmp_path)]
+        words = ["--epochs", "1", "--image-size", "8", "--limit", "128", "--test-limit", "32", "--out", str(tmp_path)]
         assert main(["demo", *words]) == 0
         assert (tmp_path / "curves.png").is_file()
         table = capsys.readouterr().out

@@ -16,7 +16,7 @@ _FREE_ON_RESUME = {"data_root", "download", "workers", "threads", "device", "ten
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("train", help="train a network", description=__doc__)
+    parser = subparsers.add_parser("train", help="train a network", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or TOML; its keys are the options below")
     parser.add_argument("--resume", type=Path, metavar="PATH", help="continue a run: its folder or its checkpoint")
     add_setting_options(parser)
