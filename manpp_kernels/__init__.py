@@ -2,12 +2,14 @@
 
 from manpp_kernels.backends import available, use_backend, why_not
 from manpp_kernels.ema import ModelEma, ema_multi_avg_fn
+from manpp_kernels.ops.detach_buffer import DetachBuffer
 from manpp_kernels.ops.detach_copy import detach_copy
 from manpp_kernels.ops.ema_scale_update import ema_scale_update
 from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
 from manpp_kernels.plan import EmaPlan
 
 __all__ = [
+    "DetachBuffer",
     "EmaPlan",
     "ModelEma",
     "available",

@@ -44,8 +44,8 @@ def detach_copy(
             ``x`` has not the dimensions that ``memory_format`` needs.
         RuntimeError: ``out`` requires grad.
     """
-    _check_tensor("x", x)
-    _check_options(x, dtype, memory_format)
+    check_tensor("x", x)
+    check_options(x, dtype, memory_format)
     x = x.detach()
     if out is None:
         out = torch.empty_like(
@@ -63,7 +63,7 @@ def detach_copy(
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
 
 
-def _check_tensor(name: str, t: Tensor) -> None:
+def check_tensor(name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} has to be a tensor, and is {type(t).__name__}")
     if t.is_complex():
@@ -72,7 +72,7 @@ def _check_tensor(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} has to be a dense tensor, and its layout is {t.layout}")
 
 
-def _check_options(x: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> None:
+def check_options(x: Tensor | None, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> None:
     if dtype is not None:
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype has to be a torch.dtype, and is {type(dtype).__name__}")
@@ -81,7 +81,7 @@ def _check_options(x: Tensor, dtype: torch.dtype | None, memory_format: torch.me
     if memory_format is not None:
         if not isinstance(memory_format, torch.memory_format):
             raise TypeError(f"memory_format has to be a torch.memory_format, and is {type(memory_format).__name__}")
-        if x.dim() != _DIMENSIONS.get(memory_format, x.dim()):
+        if x is not None and x.dim() != _DIMENSIONS.get(memory_format, x.dim()):
             raise ValueError(
                 f"memory_format {memory_format} needs {_DIMENSIONS[memory_format]} dimensions, and x has the shape "
                 f"{tuple(x.shape)}"
@@ -89,7 +89,7 @@ def _check_options(x: Tensor, dtype: torch.dtype | None, memory_format: torch.me
 
 
 def _check_out(x: Tensor, out: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> None:
-    _check_tensor("out", out)
+    check_tensor("out", out)
     if dtype is not None or memory_format is not None:
         raise ValueError("out already says the dtype and the memory format; leave dtype and memory_format away")
     if out.shape != x.shape:
