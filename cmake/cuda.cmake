@@ -37,7 +37,7 @@ target_compile_definitions(_C PRIVATE
   USE_CUDA MANPP_WITH_CUDA MANPP_CUDA_ARCHITECTURES="${names}")
 target_compile_options(_C PRIVATE
   # One thread an architecture: they are compiled independently.
-  "$<$<COMPILE_LANGUAGE:CUDA>:${gencode};--threads=0;--expt-relaxed-constexpr;-Xcompiler=-fvisibility=hidden>")
+  "$<$<COMPILE_LANGUAGE:CUDA>:${gencode};--threads=0;--expt-relaxed-constexpr;--fmad=false;-Xcompiler=-fvisibility=hidden>")
 # C++17 is all the kernels need, and every CMake knows how to ask for it. The static runtime: the library then needs no
 # libcudart, and loads under a PyTorch that came without CUDA.
 set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_ARCHITECTURES OFF CUDA_STANDARD 17)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from manpp_kernels._library import Operator
+from manpp_kernels import backends
+from manpp_kernels._library import Operator, library
 from manpp_kernels.backends import eager
 from manpp_kernels.ops import _checks
 
@@ -20,13 +24,11 @@ def _fake(*args: Any) -> None:
 # The effective weights are written into `out` (empty where none are asked for) rather than returned: PyTorch can
 # functionalise, and so compile, an operator that writes into lists of tensors, not one that also returns a list.
 # `momentum_tensor`, where given, stands in for `momentum`; `seed` (int64, 0-dim) switches stochastic rounding on.
-_update = Operator(
-    "ema_scale_update",
+_SIGNATURE = (
     "(Tensor(a!)[] ema, Tensor[] params, float momentum, Tensor? momentum_tensor, Tensor? scale, Tensor[] bias,"
-    " int[] groups, float total, Tensor? seed, Tensor(b!)[] out) -> ()",
-    fake=_fake,
-    eager=eager.ema_scale_update,
+    " int[] groups, float total, Tensor? seed, Tensor(b!)[] out)"
 )
+_update = Operator("ema_scale_update", f"{_SIGNATURE} -> ()", fake=_fake, eager=eager.ema_scale_update)
 _update_backward = Operator(
     "ema_scale_update_backward",
     "(Tensor[] grad, Tensor[] bias, Tensor[] ema, Tensor scale, int[] groups, float total,"
@@ -34,6 +36,9 @@ _update_backward = Operator(
     fake=_fake,
     eager=eager.ema_scale_update_backward,
 )
+
+# The compiled operator with the checks of the common case; False, with nothing written, where a case is not common.
+library.define(f"_ema_scale_update_checked{_SIGNATURE} -> bool")
 
 
 class _EffectiveWeights(torch.autograd.Function):
@@ -206,18 +211,85 @@ def ema_scale_update(
     """
     ema, params = _checks.as_list("ema", ema), _checks.as_list("params", params)
     biases = None if bias is None else _checks.as_list("bias", bias)
+    if rounding == "nearest" and not torch.compiler.is_compiling():
+        done, out = _common_case(ema, params, momentum, scale, biases, groups, total)
+        if done:
+            return _finish(ema, scale, biases, groups, total, out)
     check_arguments(ema, params, momentum, scale, biases, groups, total, rounding, generator)
     out = None if biases is None else [torch.empty_like(b.detach()) for b in biases]
     devices = {e.device for e in ema}
     for device in devices:
         chosen = None if len(devices) == 1 else [i for i, e in enumerate(ema) if e.device == device]
         _update_on(device, chosen, ema, params, momentum, scale, biases, groups, total, rounding, generator, out)
+    return _finish(ema, scale, biases, groups, total, out)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhere
+
+
+def _common_case(
+    ema: list[Tensor],
+    params: list[Tensor],
+    momentum: float | Tensor,
+    scale: Tensor | None,
+    bias: list[Tensor] | None,
+    groups: Sequence[int] | None,
+    total: float,
+) -> tuple[bool, list[Tensor] | None]:
+    """Does the update where a compiled backend can, checking as it goes; (False, None), nothing written, elsewhere.
+
+    Checked in Python, a hundred tensors cost four times as much as the update of their elements.
+    """
+    if (
+        not ema
+        or type(momentum) is not float
+        or not 0.0 <= momentum <= 1.0
+        or type(total) is not float
+        or not math.isfinite(total)
+        or (scale is None) != (bias is None)
+        or (scale is not None and type(scale) not in _PLAIN)
+        or not {int}.issuperset(map(type, groups or ()))
+        or torch._C._len_torch_dispatch_stack() > 0  # a mode wants to see the operator itself
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not _PLAIN.issuperset(map(type, itertools.chain(ema, params, bias or ())))
+        or backends.selected(ema[0].device) not in ("cpu", "cuda")
+        or (torch.is_grad_enabled() and any(e.requires_grad for e in ema))
+    ):
+        return False, None
+    out = None if bias is None else [torch.empty_like(b, requires_grad=False) for b in bias]
+    # Below autograd, where an in-place write needs neither its leave nor a detached alias of every tensor.
+    with contextlib.suppress(NotImplementedError), torch._C._AutoDispatchBelowAutograd():  # not for sparse tensors
+        done = torch.ops.manpp_kernels._ema_scale_update_checked.default(
+            ema,
+            params,
+            momentum,
+            None,
+            None if scale is None else scale.contiguous(),
+            bias or [],
+            list(groups or ()),
+            float(total),
+            None,
+            out or [],
+        )
+        return done, out
+    return False, None
+
+
+def _finish(
+    ema: list[Tensor],
+    scale: Tensor | None,
+    bias: list[Tensor] | None,
+    groups: Sequence[int] | None,
+    total: float,
+    out: list[Tensor] | None,
+) -> list[Tensor] | None:
+    """What follows an update: autograd learns of it, and the effective weights get their place in the graph."""
     if not torch.compiler.is_compiling():
         # Autograd must know of a write it did not see, or a graph that saved the old EMA would use the new one.
         torch.autograd.graph.increment_version(ema)
-    if biases is None or out is None or scale is None:
+    if bias is None or out is None or scale is None:
         return None
-    return attach_effective_weights(out, scale, biases, ema, list(groups or ()), float(total))
+    return attach_effective_weights(out, scale, bias, ema, list(groups or ()), float(total))
 
 
 def check_arguments(
