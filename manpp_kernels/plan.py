@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,14 +24,103 @@ library.define(
 _DTYPE_NUMBER = {dtype: number for number, dtype in enumerate(_checks.EMA_DTYPES)}
 
 
-def _library_functions() -> tuple[int, int, int]:
-    """The addresses of the compiled library's plan functions."""
-    from manpp_kernels import _C
+@dataclasses.dataclass(frozen=True)
+class _Lists:
+    """What a plan was built for; bias, groups and weights are empty without effective weights."""
 
-    functions = ctypes.CDLL(_C.__file__)
-    names = ("manpp_plan_update", "manpp_plan_error", "manpp_plan_delete")
-    update, error, delete = (ctypes.cast(getattr(functions, name), ctypes.c_void_p).value or 0 for name in names)
-    return update, error, delete
+    ema: list[Tensor]
+    params: list[Tensor]
+    bias: list[Tensor]
+    groups: list[int]
+    total: float
+    weights: list[Tensor]
+
+
+class _CompiledLaunch:
+    """By the compiled library, which keeps the tables and watches the tensors itself."""
+
+    def __init__(self, lists: _Lists, address: int) -> None:
+        from manpp_kernels import _C, _plan
+
+        functions = ctypes.CDLL(_C.__file__)
+        names = ("manpp_plan_update", "manpp_plan_error", "manpp_plan_delete")
+        update, error, destroy = (ctypes.cast(getattr(functions, name), ctypes.c_void_p).value or 0 for name in names)
+        self._plan = _plan.Plan(address, update, error, destroy)
+        self.update = self._plan.update  # with a momentum and nothing else
+
+    @staticmethod
+    def build(lists: _Lists) -> _CompiledLaunch | None:
+        address = torch.ops.manpp_kernels._plan_create(
+            lists.ema, lists.params, lists.bias, lists.groups, lists.total, lists.weights
+        )
+        return _CompiledLaunch(lists, address) if address else None
+
+    def run(self, momentum: float | Tensor, scale: Tensor | None, seed: Tensor | None) -> bool:
+        tensor = momentum if isinstance(momentum, Tensor) else None
+        return self._plan.update_with(
+            0.0 if isinstance(momentum, Tensor) else float(momentum),
+            0 if tensor is None else tensor.data_ptr(),
+            0 if tensor is None else _DTYPE_NUMBER[tensor.dtype],
+            0 if scale is None else scale.data_ptr(),
+            0 if scale is None else _DTYPE_NUMBER[scale.dtype],
+            0 if seed is None else seed.data_ptr(),
+        )
+
+
+class _TritonLaunch:
+    """By Triton, with its table kept on the device; the tensors are watched from here."""
+
+    update = None
+
+    def __init__(self, lists: _Lists) -> None:
+        from manpp_kernels.backends.triton.ema_scale_update import build_table, launch
+
+        self._tensors = [*lists.ema, *lists.params, *lists.bias]
+        self._seen = self._look()
+        self._total = lists.total
+        self._launch = launch
+        self._table = build_table(lists.ema, lists.params, lists.bias, lists.weights, lists.groups)
+
+    def _look(self) -> list[Any]:
+        return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]
+
+    def run(self, momentum: float | Tensor, scale: Tensor | None, seed: Tensor | None) -> bool:
+        if self._look() != self._seen:
+            return False
+        tensor = momentum if isinstance(momentum, Tensor) else None
+        value = 0.0 if isinstance(momentum, Tensor) else float(momentum)
+        self._launch(self._table, value, tensor, scale, self._total, seed)
+        return True
+
+
+class _OperatorLaunch:
+    """By the operator: where there is nothing to prepare, or a layout needs a copy at every step."""
+
+    update = None
+
+    def __init__(self, lists: _Lists) -> None:
+        self._lists = lists
+
+    def run(self, momentum: float | Tensor, scale: Tensor | None, seed: Tensor | None) -> bool:
+        lists = self._lists
+        if lists.ema:
+            op._update(
+                lists.ema[0].device,
+                [e.detach() for e in lists.ema],
+                [p.detach() for p in lists.params],
+                0.0 if isinstance(momentum, Tensor) else float(momentum),
+                momentum.detach() if isinstance(momentum, Tensor) else None,
+                scale,
+                [b.detach() for b in lists.bias],
+                lists.groups,
+                lists.total,
+                seed,
+                lists.weights,
+            )
+        return True
+
+
+_Launch = _CompiledLaunch | _TritonLaunch | _OperatorLaunch
 
 
 class EmaPlan:
@@ -93,10 +183,8 @@ class EmaPlan:
             self.weights = [torch.empty_like(b, requires_grad=False) for b in self.bias]
         self._seed = torch.empty((), dtype=torch.int64, device=self.device) if self.rounding == "stochastic" else None
         self._requires_grad = any(e.requires_grad for e in self.ema)
-        # What the backend changes when it is asked for another; see _launcher.
-        self._backend: str | None = None
-        self._native: Any = None
-        self._simple = False
+        self._launch: _Launch | None = None  # built at the first update, for the backend in force by then
+        self._update_alone: Any = None  # the launch's short way, where an update is a momentum and nothing else
 
     def _weights_fit(self, bias: list[Tensor]) -> bool:
         """Whether the weights can stay at their addresses although something moved."""
@@ -105,21 +193,19 @@ class EmaPlan:
             for w, b in zip(self.weights, bias, strict=True)
         )
 
-    def _launcher(self) -> None:
-        """Prepares the launch on the backend in force."""
+    def _prepare(self) -> _Launch:
+        """Builds the launch for the backend in force."""
         self._backend = backends.override(self.device)
-        self._native = None
-        self._simple = False
-        if not self.ema or backends.selected(self.device) not in ("cpu", "cuda"):
-            return
-        from manpp_kernels import _plan
-
-        address = torch.ops.manpp_kernels._plan_create(
-            self.ema, self.params, self.bias or [], self.groups or [], self.total, self.weights or []
-        )
-        if address:
-            self._native = _plan.Plan(address, *_library_functions())
-            self._simple = self.bias is None and self._seed is None
+        lists = _Lists(self.ema, self.params, self.bias or [], self.groups or [], self.total, self.weights or [])
+        selected = backends.selected(self.device) if self.ema else "eager"
+        launch: _Launch | None = None
+        if selected in ("cpu", "cuda"):
+            launch = _CompiledLaunch.build(lists)
+        elif selected == "triton":
+            launch = _TritonLaunch(lists)
+        self._launch = _OperatorLaunch(lists) if launch is None else launch
+        self._update_alone = self._launch.update if self.bias is None and self._seed is None else None
+        return self._launch
 
     def update(self, momentum: float | Tensor, scale: Tensor | None = None) -> list[Tensor] | None:
         """Move the EMA one step, in place; with ``bias``, compute the effective weights in the same pass.
@@ -133,13 +219,13 @@ class EmaPlan:
         """
         # The common case first: every attribute looked up here is host time of every training step.
         if (
-            self._simple
+            self._update_alone is not None
             and not (self._requires_grad and torch.is_grad_enabled())
             and type(momentum) is float
             and 0.0 <= momentum <= 1.0
             and scale is None
             and backends.override(self.device) == self._backend
-            and self._native.update(momentum)
+            and self._update_alone(momentum)
         ):
             torch._C._increment_version(self.ema)
             return None
@@ -151,55 +237,25 @@ class EmaPlan:
         if scale is not None and scale.device != self.device:
             raise ValueError(f"scale is on {scale.device}, ema on {self.device}")
         _checks.check_writable(self.ema)
-        if self._native is None or backends.override(self.device) != self._backend:
-            # Also where no compiled plan runs: the operator is then called on tensors that may have changed meanwhile.
+        launch = self._launch
+        if launch is None or isinstance(launch, _OperatorLaunch) or backends.override(self.device) != self._backend:
+            # Also for the operator, each time: it is called on tensors that may have changed meanwhile.
             self._build()
-            self._launcher()
-        if not self._run_native(momentum, scale):
-            if self._native is not None:  # a tensor has moved
-                self._build()
-                self._launcher()
-            if not self._run_native(momentum, scale):
-                self._run_operator(momentum, scale)
+            launch = self._prepare()
+        if self._seed is not None:
+            self._seed.random_(op.SEED_MIN, op.SEED_MAX, generator=self.generator)
+        ran = launch.run(
+            momentum.detach() if isinstance(momentum, Tensor) else momentum,
+            None if scale is None else scale.detach().contiguous(),
+            self._seed,
+        )
+        if not ran:  # a tensor has moved, perhaps to another device: all over again
+            self._build()
+            return self._update(momentum, scale)
         torch.autograd.graph.increment_version(self.ema + (self.weights or []))
         if self.weights is None or self.bias is None or scale is None:
             return None
         return op.attach_effective_weights(self.weights, scale, self.bias, self.ema, self.groups or [], self.total)
-
-    def _run_native(self, momentum: float | Tensor, scale: Tensor | None) -> bool:
-        """Whether the compiled plan ran: it does not where there is none, or where a tensor has moved."""
-        if self._native is None:
-            return False
-        if self._seed is not None:
-            self._seed.random_(op.SEED_MIN, op.SEED_MAX, generator=self.generator)
-        tensor = isinstance(momentum, Tensor)
-        scale = None if scale is None else scale.detach().contiguous()
-        return self._native.update_with(
-            0.0 if tensor else float(momentum),
-            momentum.data_ptr() if isinstance(momentum, Tensor) else 0,
-            _DTYPE_NUMBER[momentum.dtype] if isinstance(momentum, Tensor) else 0,
-            0 if scale is None else scale.data_ptr(),
-            0 if scale is None else _DTYPE_NUMBER[scale.dtype],
-            0 if self._seed is None else self._seed.data_ptr(),
-        )
-
-    def _run_operator(self, momentum: float | Tensor, scale: Tensor | None) -> None:
-        """By the operator: on another backend, or with layouts that need a copy every step."""
-        if not self.ema:
-            return
-        op._update(
-            self.device,
-            [e.detach() for e in self.ema],
-            [p.detach() for p in self.params],
-            0.0 if isinstance(momentum, Tensor) else float(momentum),
-            momentum.detach() if isinstance(momentum, Tensor) else None,
-            None if scale is None else scale.detach().contiguous(),
-            [b.detach() for b in self.bias or []],
-            self.groups or [],
-            self.total,
-            op.draw_seed(self.device, self.generator) if self.rounding == "stochastic" else None,
-            self.weights or [],
-        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmaPlan:
         raise TypeError("an EmaPlan stands for the tensors it was built on; build another on the copies")

@@ -84,13 +84,11 @@ def ema_scale_update(
 ) -> None:
     for i, (e, p) in enumerate(zip(ema, params, strict=True)):
         dtype = _arithmetic_dtype(e, p, *bias[i : i + 1])
-        m: float | Tensor = momentum
-        if momentum_tensor is not None:
+        if momentum_tensor is None:
+            updated = e.to(dtype) * momentum + p.to(dtype) * (1.0 - momentum)
+        else:
             m = momentum_tensor.to(torch.float64)
-        rest = 1.0 - m
-        if isinstance(m, Tensor):
-            m, rest = m.to(dtype), rest.to(dtype)
-        updated = e.to(dtype) * m + p.to(dtype) * rest
+            updated = e.to(dtype) * m.to(dtype) + p.to(dtype) * (1.0 - m).to(dtype)
         if seed is not None and e.dtype in (torch.bfloat16, torch.float16):
             x = updated.to(torch.float32)
             bits = random_bits(seed, i, e.numel())

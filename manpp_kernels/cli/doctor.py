@@ -89,7 +89,7 @@ def check(backend: str) -> list[str]:
         scale = torch.tensor([0.7, 1.2], device=device, requires_grad=True)
         average, trained = [e.clone() for e in ema], [x.clone().requires_grad_() for x in bias]
         weights = ema_scale_update(average, params, 0.9, scale=scale, bias=trained, groups=[0, 1, 0, 1])
-        weight_gradients = torch.autograd.grad(sum((w * w).sum() for w in weights), [scale, *trained])
+        weight_gradients = torch.autograd.grad([(w * w).sum() for w in weights], [scale, *trained])
         inputs = [x.clone().requires_grad_() for x in (a, b, channel_scale)]
         mixed = scale_bias_mix(*inputs)
         mix_gradients = torch.autograd.grad((mixed * mixed).sum(), inputs)
