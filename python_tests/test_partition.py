@@ -153,9 +153,7 @@ def test_sequential() -> None:
 def test_torchvision(name: str) -> None:
     models = pytest.importorskip("torchvision.models")
     model = models.get_model(name, num_classes=5)
-    parts = partition(
-        model, ["layer2.1", "layer3.1"], example=(3, 32, 32)
-    )
+    parts = partition(model, ["layer2.1", "layer3.1"], example=(3, 32, 32))
     assert parts.segments[1].name == "layer1.0"
     assert len(parts.segments) == {"resnet18": 9}.get(name, 17)
 
