@@ -131,6 +131,11 @@ def assert_effective_weights(
         )
 
 
+def count(x: Tensor, value: float) -> int:
+    """How many elements equal ``value``, piece by piece: a mask of a tensor past 2^31 elements is too large."""
+    return sum(int((piece == value).sum()) for piece in x.split(1 << 26))
+
+
 # ---------------------------------------------------------------------------------------------- making tensors
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "columns", "misaligned")

@@ -11,7 +11,7 @@ import torch
 from conftest import Target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import CHUNK_SIZES, DTYPES, LAYOUTS, SIZES, Sample
+from reference import CHUNK_SIZES, DTYPES, LAYOUTS, SIZES, Sample, count
 
 from manpp_kernels import detach_copy
 
@@ -186,8 +186,10 @@ def test_misuse(case: str) -> None:
 
 @pytest.mark.skipif(not os.environ.get("MANPP_TEST_LARGE"), reason="needs 9 GB: set MANPP_TEST_LARGE=1")
 def test_more_than_2_to_31_elements(target: Target) -> None:
+    if target == Target("eager", "cpu"):
+        pytest.skip("its temporaries need 40 GB")
     x = torch.zeros(2**31 + 17, dtype=torch.int8, device=target.device)
     x[-1] = 4
     y = detach_copy(x, dtype=torch.bfloat16)
     assert y[-1].item() == 4.0
-    assert y[:-1].count_nonzero().item() == 0
+    assert count(y, 0.0) == len(y) - 1

@@ -6,16 +6,21 @@ import copy
 import io
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import Target
 from ema_models import Net, assert_same, change, side_by_side
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from manpp_kernels import ModelEma
+from manpp_kernels import ModelEma, ema_multi_avg_fn
 
 
 def roundtrip(ema: nn.Module) -> nn.Module:
@@ -151,6 +156,54 @@ def test_another_model_and_a_model_that_is_gone(target: Target) -> None:
     ours.update(first)
     theirs.update(first)
     assert_same(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_distributed_tensors(mesh: DeviceMesh) -> None:
+    """What FSDP2 makes of parameters: each rank averages its shards."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    for module in model:
+        for name, p in module.named_parameters():
+            setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+    ours, theirs = side_by_side(model, decay=0.5, foreach=False)  # foreach takes no mix of shards and plain buffers
+    torchs = [AveragedModel(model, multi_avg_fn=f(0.5)) for f in (ema_multi_avg_fn, get_ema_multi_avg_fn)]
+    for step in range(4):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(step)
+        for ema in (ours, theirs):
+            ema.update(model)
+        for average in torchs:
+            average.update_parameters(model)
+        for a, b in [(ours, theirs), torchs]:
+            for x, y in zip(a.module.parameters(), b.module.parameters(), strict=True):
+                assert isinstance(x, DTensor)
+                torch.testing.assert_close(x.full_tensor(), y.full_tensor())
+
+
+def test_a_model_that_fsdp2_shards_later(mesh: DeviceMesh) -> None:
+    """FSDP2 refuses to be copied, so its EMA starts before it does."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    ours, plain = ModelEma(model, decay=0.5), ModelEma(model, decay=0.5)
+    twin = copy.deepcopy(model)
+    fully_shard(model, mesh=mesh)
+    x = torch.randn(8, 4)
+    for network, ema in ((model, ours), (twin, plain)):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(x).square().sum().backward()
+            optimizer.step()
+            ema.update(network)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.cuda

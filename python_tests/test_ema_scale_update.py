@@ -19,6 +19,7 @@ from reference import (
     assert_close,
     assert_effective_weights,
     assert_ema_step,
+    count,
 )
 
 from manpp_kernels import ema_scale_update
@@ -391,6 +392,8 @@ def test_meta_tensors() -> None:
 
 @pytest.mark.skipif(not os.environ.get("MANPP_TEST_LARGE"), reason="needs 13 GB: set MANPP_TEST_LARGE=1")
 def test_more_than_2_to_31_elements(target: Target) -> None:
+    if target == Target("eager", "cpu"):
+        pytest.skip("its temporaries need 40 GB")
     n = 2**31 + 17
     ema = torch.zeros(n, dtype=torch.bfloat16, device=target.device)
     params = torch.ones(n, dtype=torch.bfloat16, device=target.device)
@@ -398,4 +401,4 @@ def test_more_than_2_to_31_elements(target: Target) -> None:
     params[at] = torch.tensor([2.0, 4.0, 8.0, 16.0, 32.0], dtype=torch.bfloat16, device=target.device)
     ema_scale_update(ema, params, 0.5)
     assert ema[at].tolist() == [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert ema.sum(dtype=torch.float64).item() == (n - 5) * 0.5 + 31.0
+    assert count(ema, 0.5) == n - len(at)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import manpp_kernels
 from manpp_kernels import EmaPlan, ema_scale_update
 
 Arguments = dict[str, Any]
@@ -203,20 +204,24 @@ def tensors_of(arguments: Arguments) -> list[Tensor]:
     return found
 
 
+ON_CPU = [b for b in manpp_kernels.available() if b in ("cpu", "eager")]
+
+
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     a, b = a.detach().clone(memory_format=torch.contiguous_format), b.clone(memory_format=torch.contiguous_format)
     return torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("case", CASES)
-def test_misuse(case: str) -> None:
+def test_misuse(case: str, backend: str) -> None:
     change, kind, message = CASES[case]
     arguments = valid()
     change(arguments)
     tensors = tensors_of(arguments)
     before = [t.detach().clone() for t in tensors]
     versions = [t._version for t in tensors]
-    with pytest.raises(kind) as error:
+    with pytest.raises(kind) as error, manpp_kernels.use_backend(backend):
         ema_scale_update(**arguments)
     assert error.type is kind
     assert re.search(message, str(error.value)), str(error.value)
@@ -225,8 +230,9 @@ def test_misuse(case: str) -> None:
         assert t._version == version
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("case", CASES)
-def test_misuse_of_a_plan(case: str) -> None:
+def test_misuse_of_a_plan(case: str, backend: str) -> None:
     """A plan says the same, when it is made or at its first update."""
     change, kind, message = CASES[case]
     arguments = valid()
@@ -234,7 +240,7 @@ def test_misuse_of_a_plan(case: str) -> None:
     tensors = tensors_of(arguments)
     before = [t.detach().clone() for t in tensors]
     momentum, scale = arguments.pop("momentum"), arguments.pop("scale", None)
-    with pytest.raises(kind) as error:
+    with pytest.raises(kind) as error, manpp_kernels.use_backend(backend):
         EmaPlan(**arguments).update(momentum, scale)
     assert re.search(message, str(error.value)), str(error.value)
     for t, b in zip(tensors, before, strict=True):

@@ -20,6 +20,7 @@ from reference import (
     Sample,
     arithmetic_dtype,
     assert_close,
+    count,
     mix,
     mix_gradients,
     sum_ops,
@@ -256,9 +257,11 @@ def test_misuse(case: str) -> None:
 
 @pytest.mark.skipif(not os.environ.get("MANPP_TEST_LARGE"), reason="needs 17 GB: set MANPP_TEST_LARGE=1")
 def test_more_than_2_to_31_elements(target: Target) -> None:
+    if target == Target("eager", "cpu"):
+        pytest.skip("its temporaries need 40 GB")
     n = 2**31 + 17
     lb = torch.zeros(n, dtype=torch.bfloat16, device=target.device)
     lb[-1] = 4.0
     out = scale_bias_mix(lb, lb, torch.tensor(0.5, device=target.device))
     assert out[-1].item() == 8.0
-    assert out[:-1].count_nonzero().item() == 0
+    assert count(out, 0.0) == n - 1
