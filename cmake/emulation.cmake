@@ -31,7 +31,7 @@ target_include_directories(emulated SYSTEM PRIVATE
   "${TORCH_DIR}/include" "${TORCH_DIR}/include/torch/csrc/api/include" ${Python_INCLUDE_DIRS})
 target_compile_definitions(emulated PRIVATE
   MANPP_EMULATION TORCH_TARGET_VERSION=0x020a000000000000 Py_LIMITED_API=0x030A0000)
-set(sanitizers -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined)
+set(sanitizers -fsanitize=address,alignment,bounds,signed-integer-overflow -fno-sanitize-recover=all)
 target_compile_options(emulated PRIVATE
   -O1 -g1 ${sanitizers} -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas)
 target_link_options(emulated PRIVATE ${sanitizers})

@@ -9,10 +9,19 @@ namespace manpp::cuda {
 
 constexpr int kThreads = 256;
 
+// Tells the compiler that an address, though it comes from a table, is one of global memory, which has loads and stores
+// of its own.
+__device__ __forceinline__ void assume_global(const void* p) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(p));
+#endif
+}
+
 // V elements to or from registers in accesses of 16 bytes, whatever the size of an element.
 template <class T, int V>
 __device__ __forceinline__ void load_vector(const T* p, T (&x)[V]) {
   static_assert(sizeof(T) * V % 16 == 0);
+  assume_global(p);
   uint4 raw[sizeof(T) * V / 16];
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); ++i) {
@@ -23,6 +32,7 @@ __device__ __forceinline__ void load_vector(const T* p, T (&x)[V]) {
 
 template <class T, int V>
 __device__ __forceinline__ void store_vector(T* p, const T (&x)[V]) {
+  assume_global(p);
   uint4 raw[sizeof(T) * V / 16];
   memcpy(raw, x, sizeof(raw));
 #pragma unroll

@@ -75,6 +75,12 @@ struct Typed {
       return;
     }
     // The last chunk of a tensor, and tensors that start off a 16-byte boundary.
+    assume_global(ema);
+    assume_global(param);
+    if constexpr (kWeights) {
+      assume_global(bias);
+      assume_global(out);
+    }
     for (int at = threadIdx.x; at < c.n; at += kThreads) {
       E e = ema[at];
       Bias b{};

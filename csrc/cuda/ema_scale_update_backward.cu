@@ -25,27 +25,35 @@ __device__ __forceinline__ float typed_share(const Chunk& c, float scale, bool n
   float sum = 0;
   bool whole = c.n == kChunk && aligned16(grad) && aligned16(out) && aligned16(bias) && aligned16(ema);
   if (whole) {
+    T g[kPasses][kVector];
+    T b[kPasses][kVector];
+    T e[kPasses][kVector];
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       int at = (i * kThreads + threadIdx.x) * kVector;
-      T g[kVector];
-      load_vector(grad + at, g);
+      load_vector(grad + at, g[i]);
       if (need_share) {
-        T b[kVector];
-        T e[kVector];
-        load_vector(bias + at, b);
-        load_vector(ema + at, e);
+        load_vector(bias + at, b[i]);
+        load_vector(ema + at, e[i]);
+      }
+    }
+    if (need_share) {
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
 #pragma unroll
         for (int k = 0; k < kVector; ++k) {
-          sum += scale_grad(static_cast<float>(g[k]), static_cast<float>(b[k]), static_cast<float>(e[k]));
+          sum += scale_grad(static_cast<float>(g[i][k]), static_cast<float>(b[i][k]), static_cast<float>(e[i][k]));
         }
       }
-      if (out != nullptr) {
+    }
+    if (out != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i) {
 #pragma unroll
         for (int k = 0; k < kVector; ++k) {
-          g[k] = static_cast<T>(scale * static_cast<float>(g[k]));
+          g[i][k] = static_cast<T>(scale * static_cast<float>(g[i][k]));
         }
-        store_vector(out + at, g);
+        store_vector(out + (i * kThreads + threadIdx.x) * kVector, g[i]);
       }
     }
     return sum;

@@ -32,9 +32,12 @@ constexpr uint32_t kWarp = 32;
 
 enum class State { Running, AtBlockBarrier, AtWarpBarrier, Done };
 
+using Place = void*[5]; // where to go on, for the compiler's own setjmp: ucontext's switch is a system call
+
 struct Fiber {
-  ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
+  Place place;
+  bool begun = false;
   uint32_t thread = 0; // the one it runs
 };
 
@@ -43,7 +46,7 @@ struct Machine {
     const char* seed = std::getenv("MANPP_EMULATION_SEED");
     return seed == nullptr ? 0u : static_cast<uint32_t>(std::atol(seed));
   }()};
-  ucontext_t scheduler;
+  Place scheduler;
   std::vector<std::unique_ptr<Fiber>> fibers;
   const std::function<void()>* body = nullptr;
   std::vector<uint32_t> order; // of the threads' starts
@@ -61,33 +64,63 @@ Machine machine;
   throw std::runtime_error("manpp_kernels, emulated: " + what);
 }
 
-void run_threads() {
-  Machine& m = machine;
-  uint32_t fiber = m.current;
-  while (m.started < m.order.size()) {
-    uint32_t thread = m.order[m.started++];
-    m.fibers[fiber]->thread = thread;
-    thread_index.x = thread;
-    (*m.body)();
-    m.states[m.fibers[fiber]->thread] = State::Done;
+// In a function of its own: the compiler may not see both ends of a jump at once.
+__attribute__((noipa, no_sanitize("address"))) void leap(Place& there) {
+  __builtin_longjmp(there, 1);
+}
+
+__attribute__((noipa, no_sanitize("address"))) void switch_to(Place& here, Place& there) {
+  if (__builtin_setjmp(here) == 0) {
+    leap(there);
   }
-  swapcontext(&m.fibers[fiber]->context, &m.scheduler);
+}
+
+void run_fiber() {
+  Machine& m = machine;
+  for (;;) {
+    uint32_t fiber = m.current;
+    while (m.started < m.order.size()) {
+      uint32_t thread = m.order[m.started++];
+      m.fibers[fiber]->thread = thread;
+      thread_index.x = thread;
+      (*m.body)();
+      m.states[thread] = State::Done;
+    }
+    switch_to(m.fibers[fiber]->place, m.scheduler);
+  }
+}
+
+__attribute__((noipa, no_sanitize("address"))) void begin(Fiber& f) {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = f.stack.get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  f.begun = true;
+  if (__builtin_setjmp(machine.scheduler) == 0) {
+    setcontext(&context);
+  }
 }
 
 void resume(uint32_t fiber) {
   Machine& m = machine;
+  Fiber& f = *m.fibers[fiber];
   m.current = fiber;
-  thread_index.x = m.fibers[fiber]->thread;
-  swapcontext(&m.scheduler, &m.fibers[fiber]->context);
+  thread_index.x = f.thread;
+  if (f.begun) {
+    switch_to(m.scheduler, f.place);
+  } else {
+    begin(f);
+  }
 }
 
 void wait(State reason) {
   Machine& m = machine;
   uint32_t thread = thread_index.x;
-  uint32_t fiber = m.current;
   m.states[thread] = reason;
-  m.fiber_of[thread] = fiber;
-  swapcontext(&m.fibers[fiber]->context, &m.scheduler);
+  m.fiber_of[thread] = m.current;
+  switch_to(m.fibers[m.current]->place, m.scheduler);
 }
 
 // Those that may go on: a warp that is complete, or the block.
@@ -125,17 +158,12 @@ void run_block(uint32_t threads) {
     if (fiber == m.fibers.size()) {
       m.fibers.push_back(std::make_unique<Fiber>());
     }
-    Fiber& f = *m.fibers[fiber];
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, run_threads, 0);
     resume(fiber);
   }
   while (std::any_of(m.states.begin(), m.states.end(), [](State s) { return s != State::Done; })) {
     std::vector<uint32_t> ready = released();
     if (ready.empty()) {
+      m.fibers.clear(); // they never come back
       fail("some threads wait at a barrier or a shuffle that others of their block or warp never reach");
     }
     std::shuffle(ready.begin(), ready.end(), m.random);
@@ -206,7 +234,22 @@ void wait_for(cudaStream_t) {
   STD_TORCH_CHECK(!capturing, "manpp_kernels, emulated: a stream that is being captured cannot be waited for");
 }
 
-void check_launch(const char*) {}
+static std::vector<std::string> launched;
+
+void check_launch(const char* kernel) {
+  launched.push_back(kernel);
+}
+
+// The names of what was launched since the last call, joined by commas; valid until the next.
+extern "C" __attribute__((visibility("default"))) const char* manpp_emulated_launches() {
+  static std::string names;
+  names.clear();
+  for (const std::string& name : launched) {
+    names += names.empty() ? name : "," + name;
+  }
+  launched.clear();
+  return names.c_str();
+}
 
 // All bits set: NaN as a floating-point number, so that a share nobody wrote shows.
 Tensor scratch(const Tensor& like, int64_t bytes) {
