@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import operator
+import functools
+import itertools
 import sys
 import weakref
 from collections import defaultdict
@@ -30,66 +31,37 @@ def _local(t: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ ema_multi_avg_fn
 
 
-def _place(tensors: Sequence[Tensor]) -> tuple[list[Any], ...] | None:
-    """Where and how tensors lie in memory; None where a subclass keeps its elements elsewhere."""
-    if any(kind is not Tensor for kind in map(type, tensors)):
-        return None
-    return tuple(list(map(look, tensors)) for look in (Tensor.data_ptr, Tensor.stride, _SHAPE, _DTYPE))
+_PLAIN = {Tensor, nn.Parameter}
 
 
-_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
-
-
-class _EmaMultiAvg:
-    """What :func:`ema_multi_avg_fn` returns. A class, so that a copy of an ``AveragedModel`` starts without plans."""
-
-    def __init__(self, decay: float, rounding: Rounding) -> None:
-        self.decay, self.rounding = decay, rounding
-        # AveragedModel passes one group of tensors after another, each time as new tensors on the same memory. A group
-        # seen a second time in the same place gets a plan; memory that is new at every call (a model on another device
-        # is copied over for each update) is not worth one.
-        self._seen: dict[Any, Any] = {}
-        self._plans: dict[Any, EmaPlan] = {}
-
-    @torch.no_grad()
-    def __call__(self, ema: Sequence[Tensor], params: Sequence[Tensor], num_averaged: Any = None) -> None:
-        if len(ema) != len(params):
-            raise ValueError(f"the averaged list has {len(ema)} tensors and the current one {len(params)}")
-        if not ema:
-            return
-        group = (ema[0].device, ema[0].dtype)
-        place = (_place(ema), _place(params))
-        known = None not in place and self._seen.get(group) == place
-        if not known:
-            self._plans.pop(group, None)
-            self._seen[group] = place
-        if group in self._plans:
-            self._plans[group].update(self.decay)
-            return
-        averaged = self._average_the_rest(ema, params)
-        if known and len(averaged[0]) == len(ema):
-            # The plan holds tensors on this memory, so that as long as it is used nothing else can come to lie there.
-            self._plans[group] = EmaPlan(*averaged, rounding=self.rounding)
-            self._plans[group].update(self.decay)
-        elif averaged[0]:
-            ema_scale_update(*averaged, self.decay, rounding=self.rounding)
-
-    def _average_the_rest(self, ema: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The floating-point pairs, once the others have been averaged here."""
-        averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for e, p in zip(map(_local, ema), map(_local, params), strict=True):
-            if e.is_complex() and p.is_complex():
-                e, p = torch.view_as_real(e), torch.view_as_real(p)
-            if e.is_floating_point():
-                averaged[0].append(e)
-                averaged[1].append(p)
-            else:
-                # A counter or mask: averaged in floating point and cut, as PyTorch's own function does.
-                e.copy_(e * self.decay + p * (1 - self.decay))
-        return averaged
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _EmaMultiAvg, (self.decay, self.rounding)
+@torch.no_grad()
+def _average(
+    ema: Sequence[Tensor],
+    params: Sequence[Tensor],
+    num_averaged: Tensor | int | None = None,
+    *,
+    decay: float,
+    rounding: Rounding,
+) -> None:
+    """What ``AveragedModel`` calls for each group of parameters of one device and dtype, once it has copied them."""
+    if len(ema) != len(params):
+        raise ValueError(f"the averaged list has {len(ema)} tensors and the current one {len(params)}")
+    # The tensors are new ones at every call, on the same memory: a plan would save little, and keep a deleted model's
+    # memory. The usual group is told from others by two maps, as a look at each tensor in Python costs more than this.
+    if _PLAIN.issuperset(map(type, itertools.chain(ema, params))) and all(map(Tensor.is_floating_point, ema)):
+        ema_scale_update(ema, params, decay, rounding=rounding)
+        return
+    averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for e, p in zip(map(_local, ema), map(_local, params), strict=True):
+        if e.is_complex() and p.is_complex():
+            e, p = torch.view_as_real(e), torch.view_as_real(p)
+        if e.is_floating_point():
+            averaged[0].append(e)
+            averaged[1].append(p)
+        else:
+            # A counter or mask: averaged in floating point and cut, as PyTorch's own function does.
+            e.copy_(e * decay + p * (1 - decay))
+    ema_scale_update(*averaged, decay, rounding=rounding)
 
 
 def ema_multi_avg_fn(
@@ -99,8 +71,7 @@ def ema_multi_avg_fn(
 
     ``AveragedModel(model, multi_avg_fn=ema_multi_avg_fn(0.999))`` does what it does with PyTorch's own
     ``get_ema_multi_avg_fn``: parameters (and with ``use_buffers=True`` buffers) become
-    ``decay * averaged + (1 - decay) * current``; integer buffers too, cut to integers. The function keeps references
-    to the tensors it last averaged; it can be copied and pickled, without them.
+    ``decay * averaged + (1 - decay) * current``; integer buffers too, cut to integers. The function can be pickled.
 
     Args:
         decay: in [0, 1].
@@ -117,7 +88,7 @@ def ema_multi_avg_fn(
         raise ValueError(f"decay has to lie in [0, 1], and is {decay}")
     if rounding not in _checks.ROUNDINGS:
         raise ValueError(f"rounding has to be one of {', '.join(_checks.ROUNDINGS)}, and is {rounding!r}")
-    return _EmaMultiAvg(float(decay), rounding)
+    return functools.partial(_average, decay=float(decay), rounding=rounding)
 
 
 # -------------------------------------------------------------------------------------------------------- ModelEma
