@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from common import ALL_THREADS, DEVICE, QUICK, Case
-from ema_contenders import Kind, backward_contenders, headline, make_inputs, ours, update_peers, weights_peers
+from ema_backward import backward_contenders
+from ema_contenders import Kind, headline, make_inputs, ours, update_peers, weights_peers
 from tensors import BLOCKS, SIZES, elements
 from timing import Contender
 

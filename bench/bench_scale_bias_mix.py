@@ -64,11 +64,12 @@ def lerped(lb: Tensor, ema: Tensor, scale: Tensor) -> Tensor:
     return torch.lerp(ema, lb, _broadcast(scale, lb).to(lb.dtype) / TOTAL) * TOTAL
 
 
-def peers(size: str) -> dict[str, Mix]:
+def peers(v: Variant) -> dict[str, Mix]:
     found: dict[str, Mix] = {"formula": formula, "lerp, mul": lerped}
-    if COMPILE and size == LARGE:
+    # Compiling takes seconds a row: for the plainest rows alone.
+    if COMPILE and v.size == LARGE and v.layout == "NCHW" and not v.per_channel:
         found["compiled formula"] = torch.compile(formula)
-        if DEVICE.type == "cuda":
+        if DEVICE.type == "cuda" and v.dtype == torch.float32:
             found["compiled formula, max-autotune"] = torch.compile(formula, mode="max-autotune-no-cudagraphs")
     return found
 
@@ -107,7 +108,7 @@ def build(v: Variant, work: str, sets: int) -> list[Contender]:
         with manpp_kernels.use_backend(backend):
             calls = [make(ours, x) for x in inputs]
         found.append(Contender(backend, calls, ours=True, backend=backend, capture=capture))
-    found += [Contender(name, [make(f, x) for x in inputs], capture=capture) for name, f in peers(v.size).items()]
+    found += [Contender(name, [make(f, x) for x in inputs], capture=capture) for name, f in peers(v).items()]
     return found
 
 

@@ -13,15 +13,26 @@ import torch
 from common import AGAIN, DEVICE, QUICK, Case, Row, environment, floors, rows_table, run_case, write_json
 
 ROWS: list[Row] = []
+ENVIRONMENT = environment()
+
+
+def save(config: Any) -> None:
+    """Write our JSON to the path that pytest-benchmark was given for its own."""
+    option = config.option.benchmark_json  # a path, in older releases an open file
+    if option:
+        rows = [dataclasses.asdict(row) for row in ROWS]
+        path = Path(option if isinstance(option, str | Path) else option.name)
+        write_json(path, {"environment": ENVIRONMENT, "floors": floors(), "rows": rows})
 
 
 @pytest.fixture
-def measure() -> Callable[[Any, Case], None]:
+def measure(request: pytest.FixtureRequest) -> Callable[[Any, Case], None]:
     """Measures a case with all its contenders, and hands its headline to pytest-benchmark as well."""
 
     def run(benchmark: Any, case: Case) -> None:
         rows, contenders = run_case(case)
         ROWS.extend(rows)
+        save(request.config)  # after each case, so that a time limit leaves what there is
         (again,) = (c for c in contenders if c.name == case.headline + AGAIN)
         benchmark.group = case.operator
 
@@ -51,9 +62,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
     terminalreporter.section("rows: medians in microseconds")
     terminalreporter.write_line(f"floors: {floors()}")
     terminalreporter.write_line(rows_table(ROWS))
-    if config.option.benchmark_json:
-        # Its file has thousands of lines, and neither peers nor floors; ours replaces it.
-        option = config.option.benchmark_json  # a path, in older releases an open file
-        path = Path(getattr(option, "name", option))
-        rows = [dataclasses.asdict(row) for row in ROWS]
-        write_json(path, {"environment": environment(), "floors": floors(), "rows": rows})
+    save(config)  # again: pytest-benchmark's own file has thousands of lines, and neither peers nor floors

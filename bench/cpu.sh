@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Every benchmark on this machine's CPU, one after the other, into bench/results/<machine>/; then the pages made of them.
+#
+#   bench/cpu.sh [--quick]
+#
+# For figures worth keeping the machine has to have nothing else to do. About half an hour on two cores. --quick tries
+# everything out in a minute or two and writes to ./out.
+set -eu -o pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export MANPP_BENCH_DEVICE=cpu PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+QUICK=()
+if [ "${1:-}" = --quick ]; then
+  export MANPP_BENCH_QUICK=1
+  QUICK=(--quick)
+fi
+OUT=${OUT:-}
+if [ -z "$OUT" ]; then
+  OUT=out
+  [ ${#QUICK[@]} -gt 0 ] || OUT=bench/results/$("$PYTHON" -c 'import sys; sys.path.insert(0, "bench"); import common; print(common.device_name())')
+fi
+mkdir -p "$OUT"
+for name in ema_scale_update scale_bias_mix detach_copy; do
+  "$PYTHON" -m manpp_kernels.cli bench "$name" --json "$OUT/$name.json" "${QUICK[@]}"
+done
+for name in host_cost training fashion_mnist; do
+  "$PYTHON" "bench/$name.py" --json "$OUT/$name.json"
+done
+"$PYTHON" bench/report.py --summary "$OUT"
+[ ${#QUICK[@]} -gt 0 ] || "$PYTHON" bench/report.py

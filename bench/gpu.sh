@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one command within eight minutes: build, tests, compute-sanitizer, benchmarks.
+#
+#   bench/gpu.sh [--device cpu] [--quick] [PART...]
+#
+# Parts: build doctor tests sanitizer micro host training fashion (all of them by default, in this order).
+# Nothing is downloaded. Wanted: Python with torch, triton, pytest, pytest-benchmark, timm, matplotlib; nvcc, cmake, ninja.
+# Results go to $OUT (./out by default): a JSON file for each benchmark, and the logs of all parts in logs.tar.gz.
+#   PYTHON       the interpreter (python3)
+#   MANPP_DATA   the folder of Fashion-MNIST's files, where they are not installed
+#   MANPP_COMMIT what the results say they measured, where the tree comes without its history
+#   BUDGET       seconds for the whole (470)
+# --device cpu --quick tries the script out where there is no GPU: what needs one is left away.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+OUT=$(realpath -m "${OUT:-out}")
+BUDGET=${BUDGET:-470}
+DEVICE=cuda
+PARTS=()
+RUN=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) DEVICE=$2; shift 2 ;;
+    --quick) export MANPP_BENCH_QUICK=1; shift ;;
+    --run) shift; RUN=("$@"); break ;; # a part on its own, which is how timeout comes to run a function
+    -*) echo "gpu.sh: there is no option $1" >&2; exit 2 ;;
+    *) PARTS+=("$1"); shift ;;
+  esac
+done
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(build doctor tests sanitizer micro host training fashion)
+
+export PYTHON OUT PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" MANPP_BENCH_DEVICE=$DEVICE
+
+build() {
+  [ "$DEVICE" = cuda ] || return 0
+  export MANPP_CUDA=on
+  if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+    TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || return 1
+    export TORCH_CUDA_ARCH_LIST
+  fi
+  # CMake puts the modules into this tree, which is on the PYTHONPATH; pip does the same with more requirements.
+  local python
+  python=$("$PYTHON" -c 'import sys; print(sys.executable)')
+  { cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$python" -DMANPP_CUDA=on && cmake --build build/gpu; } ||
+    "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e .
+}
+
+doctor() { "$PYTHON" -m manpp_kernels.cli doctor; }
+
+tests() {
+  local workers=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  "$PYTHON" -m pytest python_tests -p no:cacheprovider --no-header -ra "${workers[@]}"
+}
+
+# Without PyTorch's caching allocator, so that each tensor is an allocation of its own with an end that is watched.
+sanitizer() {
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 \
+    "$PYTHON" bench/sanitizer_workload.py cuda
+}
+
+micro() { "$PYTHON" -m manpp_kernels.cli bench "$1" --json "$OUT/$1.json" ${MANPP_BENCH_QUICK:+--quick}; }
+host() { "$PYTHON" bench/host_cost.py --json "$OUT/host_cost.json"; }
+training() { "$PYTHON" bench/training.py --json "$OUT/training.json"; }
+fashion() { "$PYTHON" bench/fashion_mnist.py --json "$OUT/fashion_mnist.json" ${MANPP_DATA:+--data-root "$MANPP_DATA"}; }
+
+if [ ${#RUN[@]} -gt 0 ]; then
+  "${RUN[@]}"
+  exit
+fi
+
+mkdir -p "$OUT"
+LOGS=$(mktemp -d)
+: >"$LOGS/parts.txt"
+
+# part LIMIT NAME FUNCTION...: with a log of its own, stopped after LIMIT seconds or when the budget is spent.
+part() {
+  local limit=$1 name=$2 begin=$SECONDS rest=$((BUDGET - SECONDS)) code result
+  shift 2
+  if [ "$rest" -lt 5 ]; then
+    echo "$name: left away, no time" | tee -a "$LOGS/parts.txt"
+    return
+  fi
+  timeout -k 5 "$((limit < rest ? limit : rest))" bash bench/gpu.sh --device "$DEVICE" --run "$@" >"$LOGS/$name.log" 2>&1
+  code=$?
+  case $code in
+    0) result=ok ;;
+    124 | 137) result=STOPPED ;;
+    *) result="FAILED ($code)" ;;
+  esac
+  echo "$name: $result, $((SECONDS - begin)) s" | tee -a "$LOGS/parts.txt"
+  [ "$code" -eq 0 ] || tail -n 15 "$LOGS/$name.log" | cut -c1-200
+}
+
+wants() { [[ " ${PARTS[*]} " == *" $1 "* ]]; }
+
+wants build && part 200 build build
+wants doctor && part 60 doctor doctor
+# What is only right or wrong runs side by side; what is timed runs alone.
+wants tests && part 120 tests tests &
+if wants sanitizer && [ "$DEVICE" = cuda ]; then
+  for tool in memcheck racecheck initcheck; do
+    part 120 "sanitizer-$tool" sanitizer "$tool" &
+  done
+fi
+wait
+tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
+if wants micro; then
+  part 150 micro-ema micro ema_scale_update
+  part 60 micro-mix micro scale_bias_mix
+  part 45 micro-copy micro detach_copy
+fi
+wants host && part 40 host host
+tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
+wants training && part 110 training training
+wants fashion && part 180 fashion fashion
+tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
+
+echo
+wants tests && tail -n 3 "$LOGS/tests.log"
+"$PYTHON" bench/report.py --summary "$OUT"
+echo
+paste -sd';' "$LOGS/parts.txt" | sed 's/;/; /g'
+! grep -q FAILED "$LOGS/parts.txt"

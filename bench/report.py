@@ -1,0 +1,337 @@
+"""Turns the JSON of bench/results/<device>/ into the tables of docs/benchmarks.md and the figures of the README.
+
+    python bench/report.py              write both, and the plots
+    python bench/report.py --check      fail where a page differs from the results
+    python bench/report.py --summary D  print a short table of the JSON files in D
+
+Both pages hold what is written here between two comments; the rest of them is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from goals import Goal, fraction_of_floor, goals
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+OPERATORS = ("ema_scale_update", "scale_bias_mix", "detach_copy")
+
+Results = dict[str, dict[str, Any]]
+
+
+def load(folder: Path) -> Results:
+    """The results of one device by benchmark."""
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+
+
+def devices() -> dict[str, Results]:
+    """By folder; GPUs first."""
+    found = {folder.name: load(folder) for folder in sorted(RESULTS.glob("*")) if folder.is_dir()}
+    return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda item: not on_gpu(item[1])))
+
+
+def first_environment(results: Results) -> dict[str, Any]:
+    return next(iter(results.values()))["environment"]
+
+
+def on_gpu(results: Results) -> bool:
+    return first_environment(results)["device"].startswith("cuda")
+
+
+def title(results: Results) -> str:
+    e = first_environment(results)
+    return e["gpu"] if on_gpu(results) else f"{e['cpu']}, {e['cores']} cores"
+
+
+# Markdown
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
+
+
+def time(us: float) -> str:
+    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:,.0f}"
+
+
+def mib(count: float) -> str:
+    return f"{count / 2**20:,.1f}"
+
+
+def environment_line(e: dict[str, Any]) -> str:
+    parts = [f"{e['date']}", f"commit {e['commit']}"]
+    if "gpu" in e:
+        parts += [f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}"]
+    parts += [f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads", f"Python {e['python']}, torch {e['torch']}"]
+    parts += [f"{name} {e[name]}" for name in ("triton", "timm") if e.get(name)]
+    return "; ".join(parts) + f"; load at the end {e['load']}."
+
+
+def floors_line(floors: dict[str, Any]) -> str:
+    copies = [f"{gb:,.0f} GB/s ({threads} threads)" for threads, gb in floors["copy_gbytes_per_second"].items()]
+    if "launch_us" in floors:
+        copies = [f"{next(iter(floors['copy_gbytes_per_second'].values())):,.0f} GB/s"]
+        copies += [f"an empty kernel {us:.2f} µs ({mode})" for mode, us in floors["launch_us"].items()]
+    return "Floors measured in the same run: copy " + ", ".join(copies) + "."
+
+
+def where(row: dict[str, Any], gpu: bool) -> str:
+    mode = ("captured" if row["mode"] == "graph" else "eager") if gpu else f"{row['threads']} thr."
+    return mode + (", cached" if row["resident"] else "")
+
+
+def operator_table(rows: Sequence[dict[str, Any]], gpu: bool) -> str:
+    lines = []
+    for r in rows:
+        peers = {name: c["us"] for name, c in r["contenders"].items() if not c["ours"]}
+        best = min(peers, key=peers.__getitem__, default=None)
+        lines.append(
+            [
+                f"{r['work']}, {r['size']}, {r['dtypes']}",
+                where(r, gpu),
+                time(r["us"]),
+                f"{abs(r['us'] - r['again_us']) / min(r['us'], r['again_us']):.0%}",
+                time(r["floor_us"]),
+                f"{fraction_of_floor(r):.0%}",
+                f"{best}, {time(peers[best])}" if best else "",
+                f"{peers[best] / r['us']:.2f}x" if best else "",
+            ]
+        )
+    head = ["work", "how", "ours, µs", "spread", "floor, µs", "of its speed", "fastest peer, µs", "speed-up"]
+    return table(head, lines)
+
+
+def contenders_table(rows: Sequence[dict[str, Any]], gpu: bool) -> str:
+    lines = [
+        [
+            f"{r['work']}, {r['size']}, {r['dtypes']}, {where(r, gpu)}",
+            "; ".join(
+                f"{name} {time(c['us'])}" for name, c in sorted(r["contenders"].items(), key=lambda i: i[1]["us"])
+            ),
+            "; ".join(r["left_out"]),
+        ]
+        for r in rows
+    ]
+    return table(["row", "every contender, µs, fastest first", "could not"], lines)
+
+
+def goals_table(found: Iterable[Goal]) -> str:
+    lines = [
+        [g.what, g.shown.format(g.value), ("≤ " if g.at_most else "≥ ") + g.shown.format(g.bar), g.verdict]
+        for g in found
+    ]
+    return table(["goal", "measured", "bar", ""], lines)
+
+
+def host_section(results: dict[str, Any], gpu: bool) -> str:
+    parts = []
+    for work in dict.fromkeys(r["work"] for r in results["rows"]):
+        rows = [r for r in results["rows"] if r["work"] == work]
+        names = dict.fromkeys(name for r in rows for name in r["times"])
+        lines = [[n, *(time(r["times"][n]["us"]) if n in r["times"] else "" for r in rows)] for n in names]
+        parts.append(table([f"{work}, µs a call", *(f"{r['tensors']:,} tensors" for r in rows)], lines))
+    return "\n\n".join(parts)
+
+
+def training_section(results: dict[str, Any], gpu: bool) -> str:
+    kind = "allocated_bytes" if gpu else "saved_bytes"
+    memory = "allocator's peak above rest" if gpu else "saved activations"
+    lines = []
+    for r in results["rows"]:
+        spread = r["again_seconds"]
+        lines.append(
+            [
+                f"{r['network']}, K = {r['blocks']}, {r['variant']}",
+                f"{1e3 * r['seconds']:,.1f}",
+                f"{1e3 * r['min_seconds']:,.1f} to {1e3 * r['max_seconds']:,.1f}",
+                f"{abs(spread - r['seconds']) / min(spread, r['seconds']):.0%}" if spread else "",
+                f"{r['of_e2e']:.2f}",
+                f"{r['speed_up']:.2f}x",
+                mib(r[kind]),
+                f"{r['memory_share']:.1%}",
+            ]
+        )
+    head = ["training", "ms a step", "range", "spread", "of e2e", "over plain PyTorch", f"{memory}, MiB", "of e2e"]
+    return table(head, lines)
+
+
+def fashion_section(results: dict[str, Any], gpu: bool) -> str:
+    lines = [
+        [
+            r["rule"],
+            str(r["seed"]),
+            f"{r['test_accuracy']:.2%}",
+            f"{r['seconds']:,.1f}",
+            f"{1e3 * r['seconds_per_step']:,.1f}",
+            mib(r["peak_memory_bytes"]),
+            f"`{r['command']}`",
+        ]
+        for r in results["rows"]
+    ]
+    memory = f"MiB ({results['rows'][0]['memory']})"
+    return table(["rule", "seed", "test accuracy", "s of training", "ms a step", memory, "command"], lines)
+
+
+def operator_section(results: dict[str, Any], gpu: bool) -> str:
+    rows = results["rows"]
+    parts = [
+        floors_line(results["floors"]),
+        operator_table(rows, gpu),
+        "<details><summary>Every contender of every row</summary>",
+        contenders_table(rows, gpu),
+        "</details>",
+    ]
+    return "\n\n".join(parts)
+
+
+# By file: its heading and what writes it.
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any], bool], str]]] = {
+    **{name: (f"`{name}`", operator_section) for name in OPERATORS},
+    "host_cost": ("Host cost", host_section),
+    "training": ("Training steps", training_section),
+    "fashion_mnist": ("Fashion-MNIST", fashion_section),
+}
+
+
+def page_block(found: dict[str, Results]) -> str:
+    """What docs/benchmarks.md shows."""
+    parts = []
+    for name, results in found.items():
+        gpu = on_gpu(results)
+        parts += [f"## {title(results)}", "### Goals", goals_table(goals(results, gpu))]
+        for key, (heading, section) in SECTIONS.items():
+            if key in results:
+                source = f"From bench/results/{name}/{key}.json: {environment_line(results[key]['environment'])}"
+                parts += [f"### {heading}", source, section(results[key], gpu)]
+                if key in OPERATORS:
+                    parts.append(f"![{key}](figures/{name}-{key}.png)")
+    return "\n\n".join(parts) or "No results are kept yet."
+
+
+README_SIZES = ("96 x 4,800", "600 x 40,000", "ResNet-50, 161 tensors")
+
+
+def readme_block(found: dict[str, Results]) -> str:
+    """The few figures of the README."""
+    parts = []
+    for results in found.values():
+        lines = _readme_operators(results) + _readme_training(results)
+        if lines:
+            head = [title(results), "ours", "the alternative", ""]
+            parts.append(table(head, lines))
+    return "\n\n".join(parts) or "No results are kept yet."
+
+
+def _readme_operators(results: Results) -> list[list[str]]:
+    lines = []
+    rows = results.get("ema_scale_update", {}).get("rows", [])
+    threads = max((r["threads"] for r in rows), default=1)
+    for r in rows:
+        usual = r["dtypes"] == "fp32" and not r["resident"] and r["mode"] == "eager" and r["threads"] == threads
+        if not usual or r["size"] not in README_SIZES or r["work"] == "weights backward":
+            continue
+        names = [n for n in r["contenders"] if n.startswith("foreach")]
+        best = min(names, key=lambda n: r["contenders"][n]["us"])
+        us = r["contenders"][best]["us"]
+        lines.append(
+            [f"EMA {r['work']}, {r['size']}", f"{time(r['us'])} µs", f"{best}: {time(us)} µs", f"{us / r['us']:.1f}x"]
+        )
+    return lines
+
+
+def _readme_training(results: Results) -> list[list[str]]:
+    lines = []
+    rows = results.get("training", {}).get("rows", [])
+    for r in rows:
+        if r["variant"] != "MAN++ parameter form, unlocked":
+            continue
+        plain = next(p for p in rows if p["network"] == r["network"] and p["variant"] == "MAN++, plain PyTorch")
+        end_to_end = next(p for p in rows if p["network"] == r["network"] and p["variant"] == "e2e")
+        what = f"{r['network']}, K = {r['blocks']}"
+        times = [f"{1e3 * x['seconds']:,.0f} ms" for x in (r, plain)]
+        lines.append([f"MAN++ step, {what}", times[0], f"plain PyTorch: {times[1]}", f"{r['speed_up']:.1f}x"])
+        kind = "allocated_bytes" if on_gpu(results) else "saved_bytes"
+        memory = [f"{mib(x[kind])} MiB" for x in (r, end_to_end)]
+        lines.append([f"activation memory, {what}", memory[0], f"end to end: {memory[1]}", f"{r['memory_share']:.0%}"])
+    return lines
+
+
+# Pages
+
+
+def replaced(text: str, block: str, name: str) -> str:
+    """``text`` with ``block`` between the two comments."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{name} has to have {BEGIN} and {END} once each")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
+
+
+def pages(found: dict[str, Results]) -> dict[Path, str]:
+    """What each page should be; a README without the comments is left alone."""
+    blocks = {PAGE: page_block(found)}
+    if README.exists() and BEGIN in README.read_text(encoding="utf-8"):
+        blocks[README] = readme_block(found)
+    return {path: replaced(path.read_text(encoding="utf-8"), block, path.name) for path, block in blocks.items()}
+
+
+def summary(folder: Path) -> str:
+    """A short table for a terminal."""
+    results = load(folder)
+    if not results:
+        return f"{folder} holds no results"
+    lines = []
+    for key in OPERATORS:
+        for r in results.get(key, {}).get("rows", []):
+            peers = [c["us"] for c in r["contenders"].values() if not c["ours"]]
+            speed_up = f"{min(peers) / r['us']:5.2f}x" if peers else ""
+            label = f"{r['work']}, {r['size']}, {r['dtypes']}, {where(r, on_gpu(results))}"
+            lines.append(f"{label:78} {time(r['us']):>8} us {fraction_of_floor(r):6.0%} of floor {speed_up}")
+    for r in results.get("training", {}).get("rows", []):
+        label = f"{r['network']}, {r['variant']}"
+        lines.append(f"{label:78} {1e3 * r['seconds']:8.1f} ms {r['speed_up']:5.2f}x  {r['memory_share']:.1%} memory")
+    for r in results.get("fashion_mnist", {}).get("rows", []):
+        lines.append(f"{'Fashion-MNIST, ' + r['rule']:78} {r['test_accuracy']:8.2%}  {r['seconds']:.1f} s")
+    missed = [g for g in goals(results, on_gpu(results)) if not g.met]
+    lines += [f"missed: {g.what}: {g.shown.format(g.value)}, bar {g.shown.format(g.bar)}" for g in missed]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
+    parser.add_argument("--summary", type=Path, metavar="FOLDER", help="print a short table of these results")
+    args = parser.parse_args(argv)
+    if args.summary is not None:
+        print(summary(args.summary))
+        return 0
+    found = devices()
+    stale = [path for path, text in pages(found).items() if path.read_text(encoding="utf-8") != text]
+    if args.check:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} differs from bench/results: run python bench/report.py")
+        return 1 if stale else 0
+    for path, text in pages(found).items():
+        path.write_text(text, encoding="utf-8")
+    from plots import draw
+
+    for name, results in found.items():
+        for key in OPERATORS:
+            if key in results:
+                draw(
+                    results[key]["rows"], on_gpu(results), title(results), PAGE.parent / "figures" / f"{name}-{key}.png"
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The benchmarks run, and their pages agree with the results that are kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from manpp_kernels.models import resnet20
+from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench"
+
+
+QUICK = {"MANPP_BENCH_QUICK": "1", "MANPP_BENCH_DEVICE": "cpu"}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a benchmark of the folder, in its quick form."""
+    for key, value in QUICK.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.syspath_prepend(str(BENCH))
+    # One thread: among other tests, threads that wait for each other would measure the waiting.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+
+
+def test_operator_benchmarks_give_rows_with_floors_and_peers(tmp_path):
+    path = tmp_path / "rows.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "manpp_kernels.cli", "bench", "--quick", "--json", str(path)],
+        cwd=ROOT,
+        env={**os.environ, **QUICK, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads(path.read_text())
+    assert set(results) == {"environment", "floors", "rows"}
+    assert results["floors"]["copy_gbytes_per_second"]
+    assert {row["operator"] for row in results["rows"]} == {"ema_scale_update", "scale_bias_mix", "detach_copy"}
+    for row in results["rows"]:
+        assert row["us"] > 0
+        assert row["again_us"] > 0
+        assert row["floor_us"] > 0
+        assert not row["left_out"]
+        assert row["headline"] in row["contenders"]
+        assert any(not c["ours"] for c in row["contenders"].values())
+
+
+def test_host_cost(bench, tmp_path, capsys):
+    path = tmp_path / "host.json"
+    assert bench("host_cost").main(["--json", str(path)]) == 0
+    assert "foreach lerp_" in capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    assert {(r["work"], r["tensors"]) for r in rows} == {
+        (work, count) for work in ("update", "update + weights") for count in (10, 100, 1000)
+    }
+
+
+def test_training(bench, tmp_path, capsys):
+    path = tmp_path / "training.json"
+    assert bench("training").main(["--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    rows = {r["variant"]: r for r in json.loads(path.read_text())["rows"]}
+    assert len(rows) == 8
+    assert all(variant in out for variant in rows)
+    assert rows["e2e"]["memory_share"] == 1.0
+    assert rows["e2e, checkpointed"]["saved_bytes"] < rows["e2e"]["saved_bytes"]
+    assert rows["MAN++ activation form"]["saved_bytes"] < rows["MAN++, plain PyTorch"]["saved_bytes"]
+    assert rows["MAN++ parameter form"]["saved_bytes"] < rows["MAN++ activation form"]["saved_bytes"]
+
+
+def test_plain_man_pp_takes_the_step_of_the_trainer(bench):
+    """What our speed is compared with has to compute the same."""
+    plain_man_pp = bench("eager_man_pp").EagerManPlusPlus
+    torch.set_default_dtype(torch.float64)
+    try:
+        batch = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+        model, twin = resnet20(), resnet20()
+        twin.load_state_dict(model.state_dict())
+        config = TrainerConfig(rule_options={"lb_init": "copy"}, learning_rate=0.1)
+        trainer = LocalTrainer(model, config, example=(3, 8, 8))
+        plain = plain_man_pp(twin, (3, 8, 8), 10)
+        for ours, theirs in zip(trainer.network, plain.blocks, strict=False):
+            heads = zip(theirs.head.parameters(), ours.auxiliary.host.head.parameters(), strict=True)
+            for p, q in heads:
+                p.data = q.data.clone()
+        for _ in range(2):
+            trainer.step(batch)
+            plain.step(batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+    for ours, theirs in zip(trainer.network, plain.blocks, strict=False):
+        for p, q in zip(ours.auxiliary.transform.ema.parameters(), theirs.ema.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+
+
+def test_pages_agree_with_the_results(bench):
+    assert bench("report").main(["--check"]) == 0
+
+
+def test_report_of_every_kind_of_result(bench, tmp_path):
+    """A page, goals and a short table of results made up for the purpose, with and without a GPU."""
+    report = bench("report")
+    environment = {
+        "date": "d",
+        "commit": "c",
+        "device": "cpu",
+        "cpu": "CPU",
+        "cores": 2,
+        "threads": 2,
+        "load": 0.0,
+        "python": "3",
+        "torch": "2",
+    }
+    row = {
+        "work": "update",
+        "size": "96 x 4,800",
+        "dtypes": "fp32",
+        "mode": "eager",
+        "threads": 2,
+        "resident": False,
+        "us": 10.0,
+        "again_us": 11.0,
+        "floor_us": 5.0,
+        "bytes": 1 << 27,
+        "contenders": {"cpu plan": {"us": 10.0, "ours": True}, "foreach lerp_": {"us": 15.0, "ours": False}},
+        "left_out": {},
+    }
+    floors = {"copy_gbytes_per_second": {"2": 50.0}}
+    results = {"ema_scale_update": {"environment": environment, "floors": floors, "rows": [row]}}
+    page = report.page_block({"machine": results})
+    assert "| update, 96 x 4,800, fp32 | 2 thr. | 10.0 | 10% | 5.00 | 50% | foreach lerp_, 15.0 | 1.50x |" in page
+    assert "| 1.50x | ≥ 2.00x | missed by 25% |" in page
+    assert "1.5x" in report.readme_block({"machine": results})
+
+    gpu = {**environment, "device": "cuda", "gpu": "GPU", "driver": "1", "cuda": "13"}
+    floors = {"copy_gbytes_per_second": {"2": 4000.0}, "launch_us": {"eager": 2.0, "graph": 1.0}}
+    results = {"ema_scale_update": {"environment": gpu, "floors": floors, "rows": [row]}}
+    page = report.page_block({"machine": results})
+    assert "## GPU" in page
+    assert "| 50% | ≥ 95% | missed by 47% |" in page
+    (tmp_path / "ema_scale_update.json").write_text(json.dumps(results["ema_scale_update"]))
+    assert "missed: update" in report.summary(tmp_path)
+
+
+def test_gpu_script_is_sound_bash():
+    for name in ("gpu.sh", "cpu.sh"):
+        subprocess.run(["bash", "-n", str(BENCH / name)], check=True)
