@@ -7,11 +7,14 @@ from manpp_kernels.ops.detach_copy import detach_copy
 from manpp_kernels.ops.ema_scale_update import ema_scale_update
 from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
 from manpp_kernels.plan import EmaPlan
+from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
 __all__ = [
     "DetachBuffer",
     "EmaPlan",
+    "LocalTrainer",
     "ModelEma",
+    "TrainerConfig",
     "available",
     "detach_copy",
     "ema_multi_avg_fn",

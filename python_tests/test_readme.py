@@ -1,0 +1,49 @@
+"""The README does what it says: its sample runs as printed, its links lead somewhere, its commands exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from manpp_kernels.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_sample_runs_as_printed(tmp_path: Path) -> None:
+    (sample,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", sample], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\[(\d+\.\d+, ){3}\d+\.\d+\]\n", done.stdout)
+
+
+def test_the_commands_exist() -> None:
+    words = [shlex.split(line, comments=True) for block in blocks("") for line in block.splitlines()]
+    asked = [w for w in words if w]
+    makefile = (ROOT / "Makefile").read_text()
+    for command in asked:
+        if command[0] == "make":
+            assert re.search(rf"^{command[1]}:", makefile, flags=re.MULTILINE), command
+        elif command[0] == "manpp":
+            assert command[1] in COMMANDS
+        else:
+            assert command[:2] == ["pip", "install"]
+    assert {"make", "manpp", "pip"} == {command[0] for command in asked}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    here = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)", here.read_text()):
+        if not target.startswith("http"):
+            assert (here.parent / target).exists(), target
