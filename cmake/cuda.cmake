@@ -32,6 +32,7 @@ target_sources(_C PRIVATE
   csrc/cuda/ema_scale_update.cu
   csrc/cuda/ema_scale_update_backward.cu
   csrc/cuda/scale_bias_mix.cu
+  csrc/cuda/scale_bias_mix_backward.cu
   csrc/cuda/detach_copy.cu)
 target_compile_definitions(_C PRIVATE
   USE_CUDA MANPP_WITH_CUDA MANPP_CUDA_ARCHITECTURES="${names}")

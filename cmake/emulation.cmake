@@ -13,16 +13,14 @@ set(emulated_kernels
   csrc/cuda/ema_scale_update.cu
   csrc/cuda/ema_scale_update_backward.cu
   csrc/cuda/scale_bias_mix.cu
+  csrc/cuda/scale_bias_mix_backward.cu
   csrc/cuda/detach_copy.cu)
 set_source_files_properties(${emulated_kernels} PROPERTIES LANGUAGE CXX)
 
-add_library(emulated MODULE EXCLUDE_FROM_ALL
-  csrc/ops.cpp
-  csrc/table.cpp
-  csrc/mix_tensors.cpp
-  csrc/plan_ops.cpp
-  csrc/testing/emulation.cpp
-  ${emulated_kernels})
+# All of the operators' library but its CPU kernels.
+get_target_property(sources _C SOURCES)
+list(FILTER sources EXCLUDE REGEX "^csrc/cpu/")
+add_library(emulated MODULE EXCLUDE_FROM_ALL ${sources} csrc/testing/emulation.cpp ${emulated_kernels})
 set_target_properties(emulated PROPERTIES
   OUTPUT_NAME _C_emulated PREFIX "" SUFFIX ".abi3.so" LIBRARY_OUTPUT_DIRECTORY "${MANPP_OUTPUT_DIR}"
   BUILD_WITH_INSTALL_RPATH ON)
@@ -33,6 +31,6 @@ target_compile_definitions(emulated PRIVATE
   MANPP_EMULATION TORCH_TARGET_VERSION=0x020a000000000000 Py_LIMITED_API=0x030A0000)
 set(sanitizers -fsanitize=address,alignment,bounds,signed-integer-overflow -fno-sanitize-recover=all)
 target_compile_options(emulated PRIVATE
-  -O1 -g1 ${sanitizers} -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas)
+  -O1 -g1 -ffp-contract=off ${sanitizers} -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas)
 target_link_options(emulated PRIVATE ${sanitizers})
 target_link_libraries(emulated PRIVATE "${TORCH_DIR}/lib/libtorch_cpu.so")

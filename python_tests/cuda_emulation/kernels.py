@@ -68,10 +68,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------ ema_scale_update
 
 
-@pytest.mark.parametrize("misaligned", [(), (0,), (1,), (2,), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("misaligned", [(), (0,), (1,), (2,)], ids=str)
 @pytest.mark.parametrize("dtypes", SPECIALISED + OTHERS, ids=lambda d: "-".join(str(t)[6:] for t in d))
 def test_every_kernel(dtypes: tuple[torch.dtype, ...], misaligned: tuple[int, ...]) -> None:
-    sizes = (0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 1021)
+    sizes = (0, 7, CHUNK - 1, CHUNK, 2 * CHUNK + 1021)
     for weights in (False, True):
         samples = [
             [
