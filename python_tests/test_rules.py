@@ -36,7 +36,8 @@ def small_model() -> CifarResNet:
 
 
 def batch(n: int = 12, side: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(n, 3, side, side, dtype=torch.float64), torch.randint(0, 5, (n,))
+    # Values between 0 and 1, which the rules that reconstruct images need.
+    return torch.rand(n, 3, side, side, dtype=torch.float64), torch.randint(0, 5, (n,))
 
 
 def gradients_by_name(trainer: LocalTrainer) -> dict[str, torch.Tensor]:

@@ -330,9 +330,9 @@ def test_wrong_class_counts_and_batches() -> None:
 
 
 def test_features_that_no_head_fits() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Flatten(), nn.Linear(12, 4))
-    with pytest.raises(ValueError, match=r"the DGL head takes feature maps \(N, C, H, W\) or vectors"):
-        LocalTrainer(model, TrainerConfig(rule="dgl"), example=torch.randn(2, 3, 4))
+    model = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1), nn.Flatten(), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match=r"the DGL head takes vectors .* features here are \(N, 2, 2, 2, 2\)"):
+        LocalTrainer(model, TrainerConfig(rule="dgl"), example=torch.randn(2, 1, 2, 2, 2))
 
 
 def test_vectors_as_features() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Size, Tensor, autograd, nn
 
+from manpp_kernels.local.features import VectorMap, linear_head, require
 from manpp_kernels.models.cifar_resnet import init_weights
 
 
@@ -64,13 +65,6 @@ def _linear_layers(in_features: int, features: int, count: int) -> list[nn.Modul
     return layers
 
 
-class _AsMap(nn.Module):
-    """Features (N, D) as a map (N, D, 1, 1)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :, None, None]
-
-
 Width = Literal["narrow", "wide"]
 
 
@@ -105,24 +99,24 @@ def dgl_head(features: Size, num_classes: int, width: Width) -> nn.Sequential:
     """The classifier of DGL (Belilovsky et al., "Decoupled Greedy Learning of CNNs", ICML 2020).
 
     Args:
-        features: the shape of what it takes: (N, C, H, W), or (N, D), which is taken as a map of one pixel.
+        features: the shape of what it takes: (N, C, H, W); (N, D), which is taken as a map of one pixel; or tokens
+            (N, T, C), whose head is layer normalisation and one linear layer on the class token, as in MAN++ for
+            vision transformers, whatever the width.
         num_classes: of the logits (N, num_classes) it gives.
         width: ``"narrow"`` as in DGL: average pool to a quarter of the side, three 1x1 conv-BN-ReLU of C, average pool
             to 2x2, two linear-BN-ReLU of 4C, linear. ``"wide"`` as the host of MAN++: average pool to 8x8, three 1x1
             conv-BN-ReLU of 128, global average pool, three linear-BN-ReLU of 512, linear. Pooling never enlarges.
 
     Raises:
-        ValueError: the width is unknown, or the features have neither 2 nor 4 dimensions.
+        ValueError: the width is unknown, or the features have not 2 to 4 dimensions.
     """
     if width not in _WIDTHS:
         raise ValueError(f"the width of the DGL head has to be one of {', '.join(_WIDTHS)}, and is {width!r}")
-    if len(features) not in (2, 4):
-        raise ValueError(
-            f"the DGL head takes feature maps (N, C, H, W) or vectors (N, D), and the features here are of the shape "
-            f"{tuple(features)}; choose other boundaries, or a rule whose head takes such features"
-        )
+    require("the DGL head", features)
+    if len(features) == 3:
+        return linear_head(features, num_classes)
     side = min(features[2:], default=1)
     layers = _WIDTHS[width](features[1], side, num_classes)
-    head = nn.Sequential(*([] if len(features) == 4 else [_AsMap()]), *layers)
+    head = nn.Sequential(*([] if len(features) == 4 else [VectorMap()]), *layers)
     init_weights(head)
     return head
