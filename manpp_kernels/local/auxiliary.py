@@ -102,9 +102,9 @@ class Classifier(Auxiliary):
 
 
 class Transformed(Auxiliary):
-    """An EMA transform in front of the auxiliary network of a host rule."""
+    """A transform of the features in front of the auxiliary network of a host rule."""
 
-    def __init__(self, transform: EmaTransform, host: Auxiliary) -> None:
+    def __init__(self, transform: nn.Module, host: Auxiliary) -> None:
         super().__init__()
         self.transform = transform
         self.host = host

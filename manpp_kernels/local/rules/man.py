@@ -7,18 +7,21 @@ trainable copy of it::
     y_j = LB_j(x_j) + EMA_j(x_j)
     L_j = host's loss on y_j
 
+For ablations, y is one of the two alone: LB_j(x_j), without any EMA, or EMA_j(x_j), without a trainable copy.
+
 Only parameters are averaged: the EMA's batch normalisations use batch statistics. y has the shape of u's output, and
 the host's head is built for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
+from manpp_kernels.local.ablation import EmaAlone, LbAlone
 from manpp_kernels.local.auxiliary import (
     INITS,
     Auxiliary,
@@ -43,6 +46,8 @@ class ManOptions:
         momentum: m of the EMA.
         ema_init: the EMA starts as a ``"copy"`` of the unit it follows, or ``"fresh"`` from the initial distribution.
         lb_init: the same for the trainable copy.
+        parts: what y is made of: ``"both"``; ``"lb"``, a trainable copy of the unit without EMA; ``"ema"``, the EMA
+            without a trainable copy. One alone takes half the compute, and has no scale.
     """
 
     host: str = "dgl"
@@ -50,8 +55,10 @@ class ManOptions:
     momentum: float = 0.995
     ema_init: Init = "copy"
     lb_init: Init = "fresh"
+    parts: Literal["both", "lb", "ema"] = "both"
 
     def __post_init__(self) -> None:
+        choose("parts", self.parts, ("both", "lb", "ema"))
         choose("ema_init", self.ema_init, INITS)
         choose("lb_init", self.lb_init, INITS)
         if not 0.0 <= self.momentum <= 1.0:
@@ -80,11 +87,17 @@ class Man(Rule):
 
     def auxiliary(self, site: Site) -> Auxiliary:
         source = site.next_unit
-        fresh = site.partition.parts.init
-        lb = copy_unit(source.module, self.options.lb_init, fresh, trainable=True)
-        ema = copy_unit(source.module, self.options.ema_init, fresh, trainable=False)
-        host = self.host.auxiliary(moved(site, source.shape))
-        return Transformed(self.transform(source.module, lb, ema), host)
+        transform = self._transform(source.module, site.partition.parts.init)
+        return Transformed(transform, self.host.auxiliary(moved(site, source.shape)))
+
+    def _transform(self, unit: nn.Module, fresh: Callable[[nn.Module], None]) -> nn.Module:
+        """From x to y, with copies of ``unit`` that are initialised by ``fresh``."""
+        if self.options.parts == "ema":
+            return EmaAlone(unit, copy_unit(unit, self.options.ema_init, fresh, trainable=False))
+        lb = copy_unit(unit, self.options.lb_init, fresh, trainable=True)
+        if self.options.parts == "lb":
+            return LbAlone(lb)
+        return self.transform(unit, lb, copy_unit(unit, self.options.ema_init, fresh, trainable=False))
 
     def transform(self, unit: nn.Module, lb: nn.Module, ema: nn.Module) -> EmaTransform:
         """How LB and EMA become y."""
