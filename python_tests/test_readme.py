@@ -26,7 +26,7 @@ def test_the_sample_runs_as_printed(tmp_path: Path) -> None:
 
 
 def test_the_commands_exist() -> None:
-    words = [shlex.split(line, comments=True) for block in blocks("") for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     asked = [w for w in words if w]
     makefile = (ROOT / "Makefile").read_text()
     for command in asked:
