@@ -90,11 +90,11 @@ def _both_call(f: Mix, x: Inputs) -> Call:
     return lambda: torch.autograd.grad(f(*wanted), wanted, x.grad)
 
 
-# What is done, the maps it has to read and write, and those that one input set holds.
-WORKS: dict[str, tuple[Callable[[Mix, Inputs], Call], int, int]] = {
-    "forward": (_forward_call, 3, 3),
-    "backward": (_backward_call, 5, 5),
-    "forward + backward": (_both_call, 8, 6),
+# What is done, the maps it has to read and write, those that one input set holds, and those that it makes anew.
+WORKS: dict[str, tuple[Callable[[Mix, Inputs], Call], int, int, int]] = {
+    "forward": (_forward_call, 3, 3, 1),
+    "backward": (_backward_call, 5, 5, 2),
+    "forward + backward": (_both_call, 8, 6, 3),
 }
 
 
@@ -114,7 +114,7 @@ def build(v: Variant, work: str, sets: int) -> list[Contender]:
 
 def _case(v: Variant, work: str, *, threads: int = ALL_THREADS, resident: bool = False) -> Case:
     count = elements(v.size)
-    _, maps, held = WORKS[work]
+    _, maps, held, made = WORKS[work]
     return Case(
         operator="scale_bias_mix",
         work=work,
@@ -128,6 +128,7 @@ def _case(v: Variant, work: str, *, threads: int = ALL_THREADS, resident: bool =
         build=functools.partial(build, v, work),
         threads=threads,
         resident=resident,
+        fresh=(made, count * v.dtype.itemsize),
     )
 
 

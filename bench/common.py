@@ -134,6 +134,21 @@ def copy_bandwidth(threads: int) -> float:
 
 
 @functools.cache
+def fresh_memory_seconds(count: int, threads: int) -> float:
+    """What it costs on the CPU that a result of ``count`` bytes is new memory, whose pages are mapped as it is written.
+
+    The difference between ``clone`` and ``copy_``. On CUDA the caching allocator hands out memory that is mapped.
+    """
+    if DEVICE.type != "cpu" or count == 0:
+        return 0.0
+    _set_threads(threads)
+    source, target = torch.randn(count // 4), torch.randn(count // 4)
+    copy, clone = Contender("copy", [lambda: target.copy_(source)]), Contender("clone", [source.clone])
+    samples, _ = race([copy, clone], HostClock, Effort(0.02 if QUICK else 0.3, 3 if QUICK else 15))
+    return max(0.0, samples["clone"].median - samples["copy"].median)
+
+
+@functools.cache
 def launch_latency(mode: str) -> float:
     """Seconds that an empty kernel takes among many in a row; 0 on the CPU."""
     if DEVICE.type != "cuda":
@@ -176,6 +191,7 @@ class Case:
         headline: the contender of ours that the row is about, which is timed twice.
         build: makes the contenders, with that many input sets.
         threads: on the CPU.
+        fresh: how many results the headline puts into new memory, and the bytes of each.
         resident: leave the inputs in the cache: one set, used again and again.
     """
 
@@ -191,6 +207,7 @@ class Case:
     build: Callable[[int], list[Contender]]
     threads: int = ALL_THREADS
     resident: bool = False
+    fresh: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         parts = [self.work, self.size, self.dtypes, f"{self.threads}t" if DEVICE.type == "cpu" else ""]
@@ -284,6 +301,10 @@ def _row(
         floor, what = samples.pop(CACHED_COPY).median, "copy of as many bytes, cache-resident"
     else:
         floor, what = case.moved / copy_bandwidth(case.threads), "bytes over copy bandwidth"
+    results, size = case.fresh
+    fresh = results * fresh_memory_seconds(size, case.threads)
+    if fresh:
+        floor, what = floor + fresh, what + ", and new memory for the result"
     if launch_latency(mode) > floor:
         floor, what = launch_latency(mode), "launch latency"
     times = {
