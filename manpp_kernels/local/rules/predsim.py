@@ -10,6 +10,7 @@ where std is taken over space, for each image and channel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Size, Tensor, nn
@@ -76,10 +77,13 @@ class Similarity(nn.Module):
         super().__init__()
         self.project: nn.Module
         if len(features) == 4:
-            self.project, places = nn.Conv2d(features[1], features[1], 3, padding=1, bias=False), features[2:].numel()
+            self.project, places = (
+                nn.Conv2d(features[1], features[1], 3, padding=1, bias=False),
+                math.prod(features[2:]),
+            )
         else:
             self.project = nn.Linear(features[-1], features[-1], bias=False)
-            places = features[1:-1].numel()
+            places = math.prod(features[1:-1])
         self.space = (2, 3) if len(features) == 4 else (1,)
         self.spread = places > 1
         init_weights(self)
