@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manpp_kernels.local import vision_transformer
 from manpp_kernels.local.memory import saved_bytes_of
 from manpp_kernels.models import cifar_resnet
 
@@ -69,12 +70,13 @@ def _register_torchvision(cls: type) -> bool:
     """Register torchvision's classes once a model of one comes along; torchvision is imported then, if it exists."""
     if "torchvision.models.resnet" not in sys.modules:
         return False
-    from torchvision.models import ResNet
+    from torchvision.models import ResNet, VisionTransformer
 
-    if ResNet in adapt.registry or not issubclass(cls, ResNet):
-        return False
-    adapt.register(ResNet)(_adapt_torchvision_resnet)
-    return True
+    for kind, adapter in ((ResNet, _adapt_torchvision_resnet), (VisionTransformer, _adapt_torchvision_vit)):
+        if issubclass(cls, kind) and kind not in adapt.registry:
+            adapt.register(kind)(adapter)
+            return True
+    return False
 
 
 def _staged_units(model: nn.Module, stages: Sequence[str]) -> dict[str, nn.Module]:
@@ -88,6 +90,15 @@ def _adapt_torchvision_resnet(model: Any) -> Parts:
         _staged_units(model, ["layer1", "layer2", "layer3", "layer4"]),
         nn.Sequential(model.avgpool, nn.Flatten(), model.fc),
         cifar_resnet.init_weights,  # the same distributions as torchvision's constructor
+    )
+
+
+def _adapt_torchvision_vit(model: Any) -> Parts:
+    return Parts(
+        vision_transformer.stem_of(model),
+        vision_transformer.units_of(model),
+        vision_transformer.head_of(model),
+        vision_transformer.init_encoder_block,
     )
 
 
