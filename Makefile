@@ -1,6 +1,7 @@
 # make demo    install into .venv and compare MAN++ with end-to-end training on the digits
 # make test    install into .venv, then lint, types and every test
 # make bench   install into .venv and run the benchmarks (NAME=ema_scale_update for one of them)
+# make compat  run the tests of the library that `make test` built under an older PyTorch: COMPAT="torch==2.11.0 …"
 # make clean   remove everything that the above made, except runs/
 #
 # VENV is the virtual environment, PYTHON the interpreter it is made from (3.10 or later).
@@ -8,6 +9,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 NAME ?=
+COMPAT ?= torch==2.11.0 torchvision==0.26.0
 
 BIN := $(VENV)/bin
 # The build looks for cmake and ninja on the PATH.
@@ -23,7 +25,18 @@ print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requ
 endef
 export BUILD_REQUIRES
 
-.PHONY: demo test bench clean
+# What the tests need beside the package, which is not installed but found in this checkout, native modules and all.
+define TEST_REQUIRES
+try: import tomllib
+except ImportError: from pip._vendor import tomli as tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = project["optional-dependencies"]
+wanted = [*project["dependencies"], *extras["train"], *extras["test"]]
+print("\n".join(r for r in wanted if not r.startswith(project["name"])))
+endef
+export TEST_REQUIRES
+
+.PHONY: demo test bench compat clean
 
 demo: $(VENV)/.with-train
 	$(BIN)/manpp demo
@@ -37,6 +50,12 @@ test: $(VENV)/.with-test
 bench: $(VENV)/.with-test
 	$(BIN)/manpp bench $(NAME)
 
+compat: $(VENV)/.with-test
+	$(PYTHON) -m venv $(VENV)-compat
+	$(VENV)-compat/bin/python -c "$$TEST_REQUIRES" > $(VENV)-compat/requirements.txt
+	$(VENV)-compat/bin/python -m pip install --disable-pip-version-check $(COMPAT) -r $(VENV)-compat/requirements.txt
+	PYTHONPATH="$(CURDIR)" $(VENV)-compat/bin/python -m pytest
+
 $(VENV)/.requirements: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "$$BUILD_REQUIRES" > $(VENV)/requirements.txt
@@ -49,6 +68,6 @@ $(VENV)/.with-%: $(VENV)/.requirements $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-compat build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f manpp_kernels/*.so
 	find manpp_kernels python_tests bench -type d -name __pycache__ -prune -exec rm -rf {} +
