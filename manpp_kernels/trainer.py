@@ -76,6 +76,7 @@ class LocalTrainer:
         self.config = config = config or TrainerConfig()
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         rule = make_rule(config.rule, config.rule_options)
+        rule.check_order(config.order)
         self._layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.model = model.to(self.device)
         blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks

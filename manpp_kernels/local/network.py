@@ -4,59 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.local.auxiliary import Auxiliary, Criterion, EmaTransform, EmaUpdates, ParameterTransform, Site
+from manpp_kernels.local.auxiliary import Criterion, EmaUpdates, Site
+from manpp_kernels.local.block import BlockOutput, LocalBlock
 from manpp_kernels.local.partition import Partition, modules_of
 from manpp_kernels.local.rules import Rule
 
-
-class BlockOutput(NamedTuple):
-    """What a local block gives: features for the next block, cut from the graph; its loss; the last block's logits."""
-
-    features: Tensor
-    loss: Tensor
-    logits: Tensor | None
-
-
-class LocalBlock(nn.Module):
-    """A part of the user's model with an auxiliary network and a loss of its own.
-
-    Args:
-        body: references to the user's modules.
-        auxiliary: from the body's output to the local loss; None for the last block, whose body ends in the logits.
-        criterion: the loss of the last block.
-    """
-
-    def __init__(self, body: nn.Sequential, auxiliary: Auxiliary | None, criterion: Criterion) -> None:
-        super().__init__()
-        self.body = body
-        self.auxiliary = auxiliary
-        self.criterion = criterion
-
-    def forward(self, x: Tensor, images: Tensor, targets: Tensor) -> BlockOutput:
-        """``x`` is the previous block's features, detached; for the first block the images."""
-        features = self.body(x)
-        if self.auxiliary is None:
-            return BlockOutput(features.detach(), self.criterion(features, targets), features.detach())
-        return BlockOutput(features.detach(), self.auxiliary(features, images, targets), None)
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that this block's loss trains."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def transforms(self) -> list[EmaTransform]:
-        """The EMA units of its auxiliary network."""
-        return [m for m in self.modules() if isinstance(m, EmaTransform)]
-
-    def release(self) -> None:
-        """Drop the effective weights that were prepared for this step."""
-        for t in self.transforms():
-            if isinstance(t, ParameterTransform):
-                t.prepared = None
+__all__ = ["BlockOutput", "LocalBlock", "LocalNetwork"]
 
 
 class LocalNetwork(nn.Module):
@@ -79,14 +36,14 @@ class LocalNetwork(nn.Module):
             raise ValueError(f"num_classes is {num_classes}, and the model's output has {outputs}; make them agree")
         rule.check(len(partition.segments), len(partition))
         like = next(partition.model.parameters())
-        blocks = []
+        blocks: list[LocalBlock] = []
         for j in range(len(partition)):
             auxiliary = None
             if j < len(partition) - 1:
                 shape = partition.segments[partition.blocks[j][-1]].shape
                 auxiliary = rule.auxiliary(Site(partition, j, shape, outputs, criterion))
                 auxiliary.to(device=like.device, dtype=like.dtype)
-            blocks.append(LocalBlock(nn.Sequential(*modules_of(partition, j)), auxiliary, criterion))
+            blocks.append(rule.block(nn.Sequential(*modules_of(partition, j)), auxiliary, criterion, blocks))
         self.blocks = nn.ModuleList(blocks)
         self.num_classes = outputs
         self.rule = rule

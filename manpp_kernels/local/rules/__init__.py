@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from torch import Size
+from torch import Size, nn
 
-from manpp_kernels.local.auxiliary import Auxiliary, Site
+from manpp_kernels.local.auxiliary import Auxiliary, Criterion, Site
+from manpp_kernels.local.block import LocalBlock
 
 
 class Rule:
@@ -26,11 +27,14 @@ class Rule:
         momentum: of the EMA updates, for rules that have EMA units.
         host_defaults: options in place of ``Options``' defaults where the rule hosts MAN or MAN++; None where it
             cannot be a host.
+        overlapping: the losses of several blocks train one block, so that its gradients are complete only at the end
+            of a step.
     """
 
     Options: ClassVar[type[Any]]
     name: ClassVar[str]
     host_defaults: ClassVar[Mapping[str, Any] | None] = None
+    overlapping: ClassVar[bool] = False
     momentum: float = 0.0
 
     def __init__(self, options: Any) -> None:
@@ -43,12 +47,26 @@ class Rule:
     def check(self, segments: int, blocks: int) -> None:
         """Raise ValueError where this rule cannot train ``blocks`` local blocks of a model of ``segments``."""
 
+    def check_order(self, order: str) -> None:
+        """Raise ValueError where this rule cannot train in ``order``."""
+        if self.overlapping and order != "published":
+            raise ValueError(
+                f"the blocks of the rule {self.name!r} overlap, so their gradients are complete only at the end of a "
+                f"step, and order is {order!r}; use order='published'"
+            )
+
     def auxiliary(self, site: Site) -> Auxiliary:
         """The auxiliary network of one block; the caller moves it to the model's device and dtype.
 
         Called for every block but the last, in order; the last trains on the network's own head.
         """
         raise NotImplementedError
+
+    def block(
+        self, body: nn.Sequential, auxiliary: Auxiliary | None, criterion: Criterion, before: Sequence[LocalBlock]
+    ) -> LocalBlock:
+        """A local block, given those ``before`` it; for rules whose blocks hand on more than their features."""
+        return LocalBlock(body, auxiliary, criterion)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""A local block: a part of the user's model, and what trains it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from manpp_kernels.local.auxiliary import Auxiliary, Criterion, EmaTransform, ParameterTransform
+
+
+class BlockOutput(NamedTuple):
+    """What a local block gives: what it hands on, cut from the graph; its loss; the last block's logits.
+
+    What is handed on are the block's features. A rule whose blocks are its own may hand on more: it is passed to the
+    next block as it is, and looked at by nobody else.
+    """
+
+    features: Any
+    loss: Tensor
+    logits: Tensor | None
+
+
+class LocalBlock(nn.Module):
+    """A part of the user's model with an auxiliary network and a loss of its own.
+
+    Args:
+        body: references to the user's modules.
+        auxiliary: from the body's output to the local loss; None for the last block, whose body ends in the logits.
+        criterion: the loss of the last block.
+    """
+
+    def __init__(self, body: nn.Sequential, auxiliary: Auxiliary | None, criterion: Criterion) -> None:
+        super().__init__()
+        self.body = body
+        self.auxiliary = auxiliary
+        self.criterion = criterion
+
+    def forward(self, x: Any, images: Tensor, targets: Tensor) -> BlockOutput:
+        """``x`` is what the previous block handed on; for the first block the images."""
+        features = self.body(x)
+        if self.auxiliary is None:
+            return BlockOutput(features.detach(), self.criterion(features, targets), features.detach())
+        return BlockOutput(features.detach(), self.auxiliary(features, images, targets), None)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that this block's loss trains."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def transforms(self) -> list[EmaTransform]:
+        """The EMA units of its auxiliary network."""
+        return [m for m in self.modules() if isinstance(m, EmaTransform)]
+
+    def release(self) -> None:
+        """Drop the effective weights that were prepared for this step."""
+        for t in self.transforms():
+            if isinstance(t, ParameterTransform):
+                t.prepared = None
