@@ -67,6 +67,15 @@ class ManOptions:
             object.__setattr__(self, "host_options", dict(self.host_options))
 
 
+def check_units(rule: str, segments: int) -> None:
+    """Raise ValueError where a model of ``segments`` has no unit that an EMA could follow."""
+    if segments < 2:
+        raise ValueError(
+            f"the rule {rule!r} takes an EMA of a unit further down, and the model has no units behind its stem; use a "
+            "model with more units, or rule='e2e'"
+        )
+
+
 @register("man")
 class Man(Rule):
     """An EMA unit and a trainable one, added, in front of the host's local head."""
@@ -79,11 +88,7 @@ class Man(Rule):
         self.host = make_rule(options.host, options.host_options, hosting=True)
 
     def check(self, segments: int, blocks: int) -> None:
-        if segments < 2:
-            raise ValueError(
-                f"the rule {self.name!r} takes an EMA of the next block's first unit, and the model has no units "
-                "behind its stem; use a model with more units, or rule='e2e'"
-            )
+        check_units(self.name, segments)
 
     def auxiliary(self, site: Site) -> Auxiliary:
         source = site.next_unit
