@@ -17,28 +17,58 @@ __device__ __forceinline__ void assume_global(const void* p) {
 #endif
 }
 
-// V elements to or from registers in accesses of 16 bytes, whatever the size of an element.
+// V elements as they come from memory and go there, in accesses of 16 bytes (or an element alone, where V is 1). Kept
+// packed until they are worked on, elements of 2 bytes take half the registers.
+template <class T, int V>
+struct Packed {
+  using Word = std::conditional_t<V == 1, T, uint4>;
+  static_assert(V == 1 || sizeof(T) * V % 16 == 0);
+  static constexpr int kWords = V == 1 ? 1 : sizeof(T) * V / 16;
+  Word words[kWords];
+
+  __device__ __forceinline__ void load(const T* p) {
+    assume_global(p);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = reinterpret_cast<const Word*>(p)[i];
+    }
+  }
+  __device__ __forceinline__ void store(T* p) const {
+    assume_global(p);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      reinterpret_cast<Word*>(p)[i] = words[i];
+    }
+  }
+  __device__ __forceinline__ void unpack(T (&x)[V]) const {
+    Packed here = *this;
+#ifdef __CUDA_ARCH__
+    if constexpr (V > 1) { // the compiler otherwise unpacks (and converts to float) as soon as the loads are back
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        asm volatile("" : "+r"(here.words[i].x), "+r"(here.words[i].y), "+r"(here.words[i].z), "+r"(here.words[i].w));
+      }
+    }
+#endif
+    memcpy(x, here.words, sizeof words);
+  }
+  __device__ __forceinline__ void pack(const T (&x)[V]) {
+    memcpy(words, x, sizeof words);
+  }
+};
+
 template <class T, int V>
 __device__ __forceinline__ void load_vector(const T* p, T (&x)[V]) {
-  static_assert(sizeof(T) * V % 16 == 0);
-  assume_global(p);
-  uint4 raw[sizeof(T) * V / 16];
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); ++i) {
-    raw[i] = reinterpret_cast<const uint4*>(p)[i];
-  }
-  memcpy(x, raw, sizeof(raw));
+  Packed<T, V> packed;
+  packed.load(p);
+  packed.unpack(x);
 }
 
 template <class T, int V>
 __device__ __forceinline__ void store_vector(T* p, const T (&x)[V]) {
-  assume_global(p);
-  uint4 raw[sizeof(T) * V / 16];
-  memcpy(raw, x, sizeof(raw));
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(raw) / 16); ++i) {
-    reinterpret_cast<uint4*>(p)[i] = raw[i];
-  }
+  Packed<T, V> packed;
+  packed.pack(x);
+  packed.store(p);
 }
 
 __host__ __device__ __forceinline__ bool aligned16(const void* p) {

@@ -96,8 +96,9 @@ struct Typed {
   }
 };
 
+// Four blocks a multiprocessor: told no number, the compiler aims at so many that some of these kernels spill.
 template <class Source, class Operands, bool Stochastic>
-__global__ void __launch_bounds__(kThreads) typed_kernel(const Source __grid_constant__ source, const Scalars scalars) {
+__global__ void __launch_bounds__(kThreads, 4) typed_kernel(const Source __grid_constant__ source, const Scalars scalars) {
   Chunk c = source.get(blockIdx.x);
   Factors<float> f = read_factors<float>(scalars, c.group);
   uint32_t key = Stochastic ? random_key(*scalars.seed, c.tensor, static_cast<uint32_t>(c.first >> 32)) : 0;

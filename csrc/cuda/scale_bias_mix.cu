@@ -61,14 +61,14 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(
       }
     }
   } else {
-    T x[kPasses][V];
-    T y[kPasses][V];
+    Packed<T, V> packed_x[kPasses];
+    Packed<T, V> packed_y[kPasses];
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       int64_t at = base + (i * kThreads + threadIdx.x) * V;
       if (at < n) { // n is a multiple of V in these modes
-        load_vector(a + at, x[i]);
-        load_vector(b + at, y[i]);
+        packed_x[i].load(a + at);
+        packed_y[i].load(b + at);
       }
     }
     A s = mode == Mode::Scalar ? source.scale(0) : A(0);
@@ -76,6 +76,10 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(
     for (int i = 0; i < kPasses; ++i) {
       int offset = (i * kThreads + threadIdx.x) * V;
       if (base + offset < n) {
+        T x[V];
+        T y[V];
+        packed_x[i].unpack(x);
+        packed_y[i].unpack(y);
         int64_t channel = mode == Mode::Scalar ? 0 : channels.of(within, offset);
         if constexpr (mode == Mode::Row) {
           s = source.scale(channel);
@@ -87,9 +91,9 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(
           } else if constexpr (mode == Mode::Each) {
             s = source.scale(channels.of(within, offset + k));
           }
-          x[i][k] = static_cast<T>(scale_mix(static_cast<A>(x[i][k]), static_cast<A>(y[i][k]), s, total - s));
+          x[k] = static_cast<T>(scale_mix(static_cast<A>(x[k]), static_cast<A>(y[k]), s, total - s));
         }
-        store_vector(out + base + offset, x[i]);
+        store_vector(out + base + offset, x);
       }
     }
   }

@@ -25,24 +25,6 @@ struct Operands {
   T* grad_b;
 };
 
-template <int V, class T>
-__device__ __forceinline__ void load(const T* p, T (&x)[V]) {
-  if constexpr (V == 1) {
-    x[0] = *p;
-  } else {
-    load_vector(p, x);
-  }
-}
-
-template <int V, class T>
-__device__ __forceinline__ void store(T* p, const T (&x)[V]) {
-  if constexpr (V == 1) {
-    *p = x[0];
-  } else {
-    store_vector(p, x);
-  }
-}
-
 // Both gradients of kFlight vectors, `stride` elements apart; add(k, x) takes the share of element k of a vector in the
 // gradient of scale. scale(k) and rest(k) are its factors.
 template <class T, int V, class Scale, class Add>
@@ -50,17 +32,17 @@ __device__ __forceinline__ void backward_vectors(
     const Operands<T>& o, int64_t first, int64_t end, int64_t stride, Arithmetic<T> total, const Scale& scale,
     const Add& add) {
   using A = Arithmetic<T>;
-  T g[kFlight][V];
-  T x[kFlight][V];
-  T y[kFlight][V];
+  Packed<T, V> packed_g[kFlight];
+  Packed<T, V> packed_x[kFlight];
+  Packed<T, V> packed_y[kFlight];
 #pragma unroll
   for (int i = 0; i < kFlight; ++i) {
     int64_t at = first + i * stride;
     if (at < end) {
-      load<V>(o.grad + at, g[i]);
+      packed_g[i].load(o.grad + at);
       if (o.a != nullptr) {
-        load<V>(o.a + at, x[i]);
-        load<V>(o.b + at, y[i]);
+        packed_x[i].load(o.a + at);
+        packed_y[i].load(o.b + at);
       }
     }
   }
@@ -70,23 +52,29 @@ __device__ __forceinline__ void backward_vectors(
     if (at >= end) {
       continue;
     }
+    T g[V];
+    T x[V];
+    T y[V];
+    packed_g[i].unpack(g);
     if (o.a != nullptr) {
+      packed_x[i].unpack(x);
+      packed_y[i].unpack(y);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        add(k, scale_grad(static_cast<A>(g[i][k]), static_cast<A>(x[i][k]), static_cast<A>(y[i][k])));
+        add(k, scale_grad(static_cast<A>(g[k]), static_cast<A>(x[k]), static_cast<A>(y[k])));
       }
     }
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      A value = static_cast<A>(g[i][k]);
-      x[i][k] = static_cast<T>(scale(k) * value);
-      y[i][k] = static_cast<T>((total - scale(k)) * value);
+      A value = static_cast<A>(g[k]);
+      x[k] = static_cast<T>(scale(k) * value);
+      y[k] = static_cast<T>((total - scale(k)) * value);
     }
     if (o.grad_a != nullptr) {
-      store<V>(o.grad_a + at, x[i]);
+      store_vector(o.grad_a + at, x);
     }
     if (o.grad_b != nullptr) {
-      store<V>(o.grad_b + at, y[i]);
+      store_vector(o.grad_b + at, y);
     }
   }
 }

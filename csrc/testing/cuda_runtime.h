@@ -13,7 +13,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static // one block runs at a time
 #define __grid_constant__ & // one parameter for all threads, as on the device
 
