@@ -93,7 +93,7 @@ def test_sizes_of_resnet110_with_55_blocks() -> None:
     assert expected[0] == size(16, 16, 32, 64) == 77578
     assert expected[26] == size(32, 32, 64, 64) == 150922
     assert expected[53] == size(64, 64) == 74762
-    assert auxiliary_sizes("auglocal", {"depth": 3}, resnet110()) == expected
+    assert auxiliary_sizes("auglocal", {"auxiliary_depth": 3}, resnet110()) == expected
 
 
 def test_a_network_of_bottlenecks_has_bottlenecks() -> None:
@@ -114,8 +114,8 @@ def test_vectors_as_features() -> None:
 
 
 def test_wrong_options_and_features() -> None:
-    with pytest.raises(ValueError, match="depth has to be 1 or more"):
-        make_rule("auglocal", {"depth": 0})
+    with pytest.raises(ValueError, match="auxiliary_depth has to be 1 or more"):
+        make_rule("auglocal", {"auxiliary_depth": 0})
     with pytest.raises(ValueError, match=r"pyramid has to lie in \[0, 1\]"):
         make_rule("auglocal", {"pyramid": 2.0})
     model = torch.nn.Sequential(

@@ -10,15 +10,19 @@ from typing import Any
 
 from manpp_kernels.cli.parsing import UserError, key
 from manpp_kernels.cli.settings import Settings, add_setting_options, from_file
+from manpp_kernels.recipes import recipe
 
 # What may differ when a run is resumed, as it does not change what is computed.
 _FREE_ON_RESUME = {"data_root", "download", "workers", "threads", "device", "tensorboard"}
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("train", help="train a network", description=(__doc__ or "").partition(": ")[2])
+    parser = subparsers.add_parser("train", help="train a network", description=__doc__)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML or TOML; its keys are the options below")
     parser.add_argument("--resume", type=Path, metavar="PATH", help="continue a run: its folder or its checkpoint")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="published settings, as man++/cifar10/resnet32-k16; other options change them"
+    )
     add_setting_options(parser)
 
 
@@ -26,15 +30,17 @@ def run(args: argparse.Namespace) -> int:
     from manpp_kernels.cli.display import Display, results_table
     from manpp_kernels.cli.training import resume_hint, train
 
-    given = {name: value for name, value in vars(args).items() if name not in ("command", "config", "resume")}
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "config", "resume", "recipe")}
     if args.resume is not None:
-        if args.config is not None:
-            raise UserError("--resume continues a run with its own options: leave out --config")
+        for name in ("config", "recipe"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--resume continues a run with its own options: leave out --{name}")
         folder, checkpoint = _saved_run(args.resume)
         settings = _resumed(given, folder)
     else:
         checkpoint = None
-        settings = Settings.of({**(from_file(args.config) if args.config is not None else {}), **given})
+        given = {**(from_file(args.config) if args.config is not None else {}), **given}
+        settings = Settings.of(given if args.recipe is None else _by_recipe(args.recipe, given))
         folder = new_folder(settings)
     display = Display()
     result = train(settings, folder, display, resume=checkpoint)
@@ -44,6 +50,21 @@ def run(args: argparse.Namespace) -> int:
         print(resume_hint(folder), file=sys.stderr)
         return 130
     return 0
+
+
+def _by_recipe(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a recipe, with those in their place that were given."""
+    try:
+        found = recipe(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if found.data is None and "data" not in given:
+        raise UserError(f"the recipe {name!r} needs the folder of its images: --data folder:PATH")
+    # The rule's own options belong to the recipe's rule: with another rule they are left out.
+    settings = found.settings()
+    if given.get("rule", found.rule) != found.rule:
+        settings = {option: value for option, value in settings.items() if option not in found.rule_options}
+    return {**settings, **given}
 
 
 def new_folder(settings: Settings) -> Path:

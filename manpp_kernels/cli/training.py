@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from manpp_kernels.cli.parsing import UserError, did_you_mean
 from manpp_kernels.cli.plots import plot_curves
 from manpp_kernels.cli.recipe import default_lr, optimizer_factory, scheduler_factory
 from manpp_kernels.cli.settings import Settings
-from manpp_kernels.data import DataError, evaluation_loader, load, training_loader
+from manpp_kernels.data import DataError, ImageData, evaluation_loader, load, training_loader
+from manpp_kernels.local.rules import with_normalization
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
 
@@ -52,9 +54,10 @@ def train(settings: Settings, folder: Path, display: Display, *, resume: Path | 
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     with _as_user_errors():
-        loader, val_loader, num_classes, image = _data(settings, device)
+        data = _data(settings)
+        loader, val_loader = _loaders(settings, data, device)
         torch.manual_seed(run.seed)
-        trainer = _trainer(settings, device, num_classes, image, steps=len(loader))
+        trainer = _trainer(settings, device, data, steps=len(loader))
         if resume is not None:
             trainer.load(resume)
 
@@ -122,8 +125,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _data(settings: Settings, device: torch.device) -> tuple[Any, Any, int, tuple[int, int, int]]:
-    """The two loaders, the number of classes, and the shape of an image."""
+def _data(settings: Settings) -> ImageData:
     config, run = settings.data, settings.run
     data = load(
         config.data,
@@ -139,24 +141,32 @@ def _data(settings: Settings, device: torch.device) -> tuple[Any, Any, int, tupl
             f"there are {len(data.train)} training images in batches of {run.batch_size}: "
             f"batch normalisation needs {least} or more in a batch"
         )
+    return data
+
+
+def _loaders(settings: Settings, data: ImageData, device: torch.device) -> tuple[Any, Any]:
+    """The loaders of training and test images."""
+    config, run = settings.data, settings.run
     placing: dict[str, Any] = {"device": device, "workers": config.workers}
     train = training_loader(data, run.batch_size, seed=run.seed, crop=config.crop, flip=config.flip, **placing)
     # Evaluation keeps no activations, so that larger batches fit; they change nothing but the time.
-    test = evaluation_loader(data, max(run.batch_size, 256), **placing)
-    return train, test, data.num_classes, (3, data.size, data.size)
+    return train, evaluation_loader(data, max(run.batch_size, 256), **placing)
 
 
-def _trainer(
-    settings: Settings, device: torch.device, num_classes: int, image: tuple[int, int, int], steps: int
-) -> LocalTrainer:
+def _trainer(settings: Settings, device: torch.device, data: ImageData, steps: int) -> LocalTrainer:
     run = settings.run
     lr = default_lr(run.optimizer, run.batch_size) if run.lr is None else run.lr
     per_epoch = steps if settings.trainer.schedule == "step" else 1
     return LocalTrainer(
-        build_model(run.model, num_classes),
-        settings.trainer,
-        example=image,
-        num_classes=num_classes,
+        build_model(run.model, data.num_classes),
+        dataclasses.replace(
+            settings.trainer,
+            rule_options=with_normalization(
+                settings.trainer.rule, settings.trainer.rule_options, tuple(data.mean), tuple(data.std)
+            ),
+        ),
+        example=(3, data.size, data.size),
+        num_classes=data.num_classes,
         optimizer=optimizer_factory(run.optimizer, lr, run.weight_decay, run.optimizer_arg),
         scheduler=scheduler_factory(run.schedule, run.epochs * per_epoch, run.warmup * per_epoch),
         device=device,

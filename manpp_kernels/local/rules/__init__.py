@@ -127,6 +127,24 @@ def make_rule(name: str, options: Any = None, *, hosting: bool = False) -> Rule:
     return cls(options)
 
 
+def with_normalization(
+    name: str, options: Mapping[str, Any] | None, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Mapping[str, Any] | None:
+    """The options of the rule ``name``, told what images are normalised with, if it or its host asks.
+
+    A rule asks by options ``mean`` and ``std``; where they are given, they stay. Data loaders know the values, and
+    the rule's options are where they are needed.
+    """
+    given = dict(options or {})
+    fields = {f.name for f in dataclasses.fields(make_rule(name, given).Options)}
+    if {"mean", "std"} <= fields:
+        return {"mean": mean, "std": std, **given}
+    if {"host", "host_options"} <= fields:
+        hosted = with_normalization(make_rule(name, given).options.host, given.get("host_options"), mean, std)
+        return {**given, "host_options": hosted} if hosted else options
+    return options
+
+
 def choose(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise ValueError where an option is not one of the values it can have."""
     if value not in allowed:

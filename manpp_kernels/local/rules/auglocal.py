@@ -31,17 +31,17 @@ class AugLocalOptions:
     """Options of AugLocal.
 
     Attributes:
-        depth: d, residual blocks of the first auxiliary network. 2 in the published runs of ResNet-32, 3 to 5 in those
+        auxiliary_depth: d, residual blocks of the first auxiliary network. 2 in the published runs of ResNet-32, 3 to 5 in those
             of ResNet-110.
         pyramid: c, how far depth falls towards 1 along the network; 0 keeps it.
     """
 
-    depth: int = 2
+    auxiliary_depth: int = 2
     pyramid: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth has to be 1 or more, and is {self.depth}")
+        if self.auxiliary_depth < 1:
+            raise ValueError(f"auxiliary_depth has to be 1 or more, and is {self.auxiliary_depth}")
         if not 0.0 <= self.pyramid <= 1.0:
             raise ValueError(f"pyramid has to lie in [0, 1], and is {self.pyramid}")
 
@@ -105,7 +105,7 @@ class AugLocal(Rule):
         require("AugLocal's auxiliary network", site.features)
         segments = site.partition.segments
         last = site.partition.blocks[site.index][-1]
-        depth = depth_at(self.options.depth, self.options.pyramid, site.index, site.count)
+        depth = depth_at(self.options.auxiliary_depth, self.options.pyramid, site.index, site.count)
         chosen = [segments[i] for i in chosen_layers(last, len(segments), depth)]
         blocks, features = _blocks(site.features, chosen, site)
         head = linear_head(features, site.num_classes, "AugLocal's linear layer")

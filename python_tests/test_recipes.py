@@ -1,0 +1,144 @@
+"""The published settings by name: that each can be trained, and that the command line takes them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from naive_rules import small_batch, small_model
+
+from manpp_kernels.local import adapt, make_rule, partition
+from manpp_kernels.local.rules import with_normalization
+from manpp_kernels.models import MODELS
+from manpp_kernels.recipes import RECIPES, recipe
+from manpp_kernels.trainer import LocalTrainer
+
+
+def test_a_recipe_has_all_of_a_published_run() -> None:
+    found = recipe("man++/cifar10/resnet32-k16")
+    assert found.settings() == {
+        "data": "cifar10",
+        "image_size": 32,
+        "crop": 4,
+        "flip": True,
+        "model": "resnet32",
+        "epochs": 400,
+        "batch_size": 1024,
+        "optimizer": "sgd",
+        "optimizer_arg": {"momentum": 0.9, "nesterov": True},
+        "lr": 0.8,
+        "weight_decay": 1e-4,
+        "schedule": "cosine",
+        "rule": "man++",
+        "blocks": 16,
+    }
+    rule = make_rule(found.rule, found.rule_options)
+    assert (rule.options.host, rule.host.options.width, rule.options.momentum) == ("dgl", "wide", 0.995)
+    stl10 = recipe("infopro/stl10/resnet110-k32")
+    assert (stl10.image_size, stl10.learning_rate, stl10.batch_size, stl10.blocks) == (96, 0.1, 128, 32)
+    svhn = recipe("auglocal/svhn/resnet110-k55")
+    assert (svhn.crop, svhn.flip, svhn.rule_options) == (2, False, {"auxiliary_depth": 3})
+    imagenet = recipe("man++-infopro/imagenet/resnet152-k4")
+    assert (imagenet.learning_rate, imagenet.epochs, imagenet.blocks) == (
+        0.4,
+        90,
+        ("layer2.6", "layer3.13", "layer3.25"),
+    )
+    host = make_rule(imagenet.rule, imagenet.rule_options).host.options
+    assert (host.decoder_weight, host.classifier_weight) == (5.0, 0.75)
+
+
+def test_every_recipe_fits_its_rule_and_its_network() -> None:
+    networks = {}
+    for found in RECIPES.values():
+        make_rule(found.rule, found.rule_options)
+        if found.model not in networks:
+            with torch.device("meta"):
+                if found.model in MODELS:
+                    networks[found.model] = list(adapt(MODELS[found.model]()).units)
+                else:
+                    models = pytest.importorskip("torchvision.models")
+                    networks[found.model] = list(adapt(models.get_model(found.model)).units)
+        units = networks[found.model]
+        if isinstance(found.blocks, int):
+            assert 1 <= found.blocks <= len(units) + 1
+        else:
+            places = [units.index(name) for name in found.blocks]
+            assert places == sorted(places)
+            assert found.name.endswith(f"-k{len(places) + 1}")
+
+
+def test_one_segment_a_block_is_16_and_55() -> None:
+    for name, k in (("resnet32", 16), ("resnet110", 55)):
+        parts = partition(MODELS[name](), recipe(f"dgl/cifar10/{name}-k{k}").blocks, example=(3, 8, 8))
+        assert {len(block) for block in parts.blocks} == {1}
+
+
+@pytest.mark.parametrize("rule", ["man++", "infopro", "mlaan"])
+def test_the_trainers_part_of_a_recipe(rule: str) -> None:
+    found = recipe(f"{rule}/cifar10/resnet32-k16").trainer_config()
+    assert (found.learning_rate, found.sgd_momentum, found.nesterov, found.weight_decay) == (0.8, 0.9, True, 1e-4)
+    # The same rule on a network of five segments.
+    trainer = LocalTrainer(small_model(), dataclasses.replace(found, blocks=5), example=(3, 16, 16))
+    assert len(trainer.step(small_batch()).losses) == 5
+
+
+def test_a_name_that_is_none() -> None:
+    with pytest.raises(
+        ValueError, match=r"no recipe 'man\+\+/cifar10/resnet32'; did you mean man\+\+/cifar10/resnet32-k8"
+    ):
+        recipe("man++/cifar10/resnet32")
+    with pytest.raises(ValueError, match="names are like e2e/cifar10/resnet32"):
+        recipe("xyz")
+
+
+def test_normalization_goes_to_the_rule_that_asks() -> None:
+    mean, std = (0.5,), (0.25,)
+    asked = {"mean": mean, "std": std}
+    assert with_normalization("dgl", None, mean, std) is None
+    assert with_normalization("man++", {"momentum": 0.9}, mean, std) == {"momentum": 0.9}
+    assert with_normalization("infopro", None, mean, std) == asked
+    assert with_normalization("infopro", {"mean": (0.1,)}, mean, std) == {"mean": (0.1,), "std": std}
+    assert with_normalization("man", {"host": "infopro"}, mean, std) == {"host": "infopro", "host_options": asked}
+
+
+def test_every_recipe_is_options_of_the_command_line(tmp_path) -> None:
+    pytest.importorskip("yaml")
+    from manpp_kernels.cli.settings import Settings, from_file
+
+    for found in RECIPES.values():
+        settings = Settings.of(found.settings())
+        assert settings.trainer.rule == found.rule
+        assert settings.run.lr == found.learning_rate
+    # What a run leaves in its folder brings the same back.
+    settings = Settings.of(recipe("man++-infopro/imagenet/resnet101-k4").settings())
+    settings.save(tmp_path / "config.yaml")
+    assert Settings.of(from_file(tmp_path / "config.yaml")) == settings
+
+
+def test_manpp_train_takes_a_recipe(tmp_path) -> None:
+    pytest.importorskip("sklearn")
+    from manpp_kernels.cli import main
+
+    small = "--data digits --limit 64 --test-limit 32 --image-size 8 --model resnet20 --blocks 3 --epochs 1"
+    small += " --batch-size 32 --no-tensorboard --device cpu"
+    for name in ("man++-infopro/cifar10/resnet32-k16", "mlaan/cifar10/resnet32-k16"):
+        folder = tmp_path / name.replace("/", "-")
+        assert main(["train", "--recipe", name, *small.split(), "--out", str(folder)]) == 0
+        assert "lr: 0.8" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "nothing/like/this"], "there is no recipe"),
+        (["--recipe", "man++-infopro/imagenet/resnet101-k4"], "needs the folder of its images: --data folder:PATH"),
+        (["--recipe", "dgl/svhn/resnet32-k8", "--resume", "somewhere"], "leave out --recipe"),
+    ],
+)
+def test_recipes_that_the_command_line_refuses(words: list[str], message: str, capsys) -> None:
+    from manpp_kernels.cli import main
+
+    assert main(["train", *words]) == 2
+    assert message in capsys.readouterr().err
