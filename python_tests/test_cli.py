@@ -139,7 +139,7 @@ class TestConfigFiles:
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [
-            ("a.yaml", "epoch: 3\n", r"a\.yaml: there is no option 'epoch' \(did you mean epochs\?\)"),
+            ("a.yaml", "epoch: 3\n", r"a\.yaml: there is no option 'epoch' \(did you mean epochs"),
             ("a.yaml", "epochs: many\n", r"a\.yaml: argument --epochs: has to be a whole number, and is 'many'"),
             ("a.yaml", "epochs: [\n", r"a\.yaml is not valid YAML"),
             ("a.yaml", "- 3\n", "has to hold keys and values"),

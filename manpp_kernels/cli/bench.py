@@ -17,7 +17,7 @@ PREFIX = "bench_"
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser("bench", help="run the benchmarks of a checkout", description=(__doc__ or "").partition(": ")[2])
+    parser = subparsers.add_parser("bench", help="run the benchmarks of a checkout", description=__doc__)
     parser.add_argument("name", nargs="?", help="one benchmark, as ema_scale_update; all of them where none is named")
     parser.add_argument("--quick", action="store_true", help="fewer rounds: a look at the figures, not a measurement")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write pytest-benchmark's results to this file")

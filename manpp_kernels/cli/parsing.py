@@ -25,8 +25,9 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are exceptions, and which takes no abbreviated options."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
+    def __init__(self, *, description: str | None = None, **options: Any) -> None:
+        # Descriptions are docstrings of modules, which mark commands as code.
+        super().__init__(allow_abbrev=False, description=(description or "").replace("``", ""), **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
