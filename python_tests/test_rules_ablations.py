@@ -1,4 +1,4 @@
-"""MAN's two halves alone: a trainable copy without EMA, and an EMA without a trainable copy."""
+"""MAN's two halves alone, a trainable copy and an EMA; and MAN with more units behind them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 class NaiveHalf(NaiveRule):
     def auxiliary_loss(self, j, x, targets, a):
         return cross_entropy(head(unit(x, below(a, f"transform.{self.kind}")), below(a, "host.head"), "wide"), targets)
+
+
+class NaiveDeep(NaiveRule):
+    """Two units behind each block: LB and EMA of the next, and a trainable copy of the one after it."""
+
+    def auxiliary_loss(self, j, x, targets, a):
+        y = unit(x, below(a, "transform.lb")) + unit(x, below(a, "transform.ema"))
+        if j < 3:
+            y = unit(y, below(a, "host.transform.0"))
+            a = below(a, "host")
+        return cross_entropy(head(y, below(a, "host.head"), "wide"), targets)
+
+
+def test_a_step_with_more_units() -> None:
+    config = TrainerConfig(rule="man", rule_options={"auxiliary_depth": 2})
+    assert_steps_agree(*make_pair(NaiveDeep, config, kind="sum"))
+    with pytest.raises(ValueError, match="auxiliary_depth has to be 1 or more"):
+        make_rule("man", {"auxiliary_depth": 0})
 
 
 @pytest.mark.parametrize("parts", ["lb", "ema"])

@@ -31,8 +31,8 @@ class AugLocalOptions:
     """Options of AugLocal.
 
     Attributes:
-        auxiliary_depth: d, residual blocks of the first auxiliary network. 2 in the published runs of ResNet-32, 3 to 5 in those
-            of ResNet-110.
+        auxiliary_depth: d, residual blocks of the first auxiliary network. 2 in the published runs of ResNet-32, 3 to 5
+            in those of ResNet-110.
         pyramid: c, how far depth falls towards 1 along the network; 0 keeps it.
     """
 
