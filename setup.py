@@ -1,7 +1,7 @@
 """Builds the native modules by way of CMakeLists.txt, which is the one description of the native build.
 
-MANPP_CUDA=auto|on|off says whether the CUDA kernels are built (auto: when nvcc is found); TORCH_CUDA_ARCH_LIST for which
-architectures. MANPP_NATIVE=off builds a package without compiled code, which runs on Triton and plain PyTorch.
+MANPP_CUDA=auto|on|off says whether the CUDA kernels are built (auto: when nvcc is found); TORCH_CUDA_ARCH_LIST says for
+which architectures. MANPP_NATIVE=off builds a package without compiled code, which runs on Triton and plain PyTorch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class CMakeBuild(build_ext):
             self.warn(f"building without compiled kernels: {reason}; Triton and plain PyTorch remain")
             self.extensions = []
             return
-        target = HERE / "manpp_kernels" if self.inplace or self.editable_mode else Path(self.build_lib) / "manpp_kernels"
+        in_place = self.inplace or self.editable_mode
+        target = (HERE if in_place else Path(self.build_lib)) / "manpp_kernels"
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [

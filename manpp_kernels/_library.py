@@ -18,7 +18,7 @@ import torch
 
 from manpp_kernels import backends
 
-library = torch.library.Library("manpp_kernels", "DEF")  # noqa: TOR901 (lives as long as the package)
+library = torch.library.Library("manpp_kernels", "DEF")  # lives as long as the package
 
 
 class Operator:

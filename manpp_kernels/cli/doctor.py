@@ -73,7 +73,7 @@ def _compiled() -> str:
 
 
 def check(backend: str) -> list[str]:
-    """What the operators of ``backend`` get wrong against plain PyTorch on the same random tensors; empty if nothing."""
+    """What the operators of ``backend`` get wrong against plain PyTorch on the same random tensors; nothing: empty."""
     device = "cuda" if backend == "cuda" or (backend != "cpu" and torch.cuda.is_available()) else "cpu"
     generator = torch.Generator().manual_seed(0)
 
