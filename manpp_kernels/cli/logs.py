@@ -21,6 +21,21 @@ def write_csv(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer.writerows(history)
 
 
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of :func:`write_csv`, numbers as numbers; an empty cell is None."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: _value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(cell: str) -> int | float | str | None:
+    for convert in (int, float):
+        try:
+            return convert(cell)
+        except ValueError:
+            continue
+    return cell or None
+
+
 class TensorBoardLog:
     """Scalars of each epoch, and the mean loss of each local block."""
 

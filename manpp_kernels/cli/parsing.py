@@ -232,7 +232,7 @@ def _read_toml(text: str) -> Any:
     return tomllib.loads(text)
 
 
-def parse_config(content: Mapping[str, Any], parser: Parser, source: Path) -> argparse.Namespace:
+def parse_config(content: Mapping[str, Any], parser: Parser, source: Path | str) -> argparse.Namespace:
     """Values of a configuration file, checked by the parser of the command line whose long options its keys are."""
     options = {name[2:] for name in parser.option_strings() if name.startswith("--")} - {"help"}
     words: list[str] = []

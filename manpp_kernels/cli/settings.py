@@ -156,8 +156,11 @@ class Settings:
         """Write a file that ``--config`` takes."""
         import yaml
 
-        content = {key(name): _plain(value) for name, value in self.values().items() if value not in (None, {})}
-        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        path.write_text(yaml.safe_dump(self.content(), sort_keys=False), encoding="utf-8")
+
+    def content(self) -> dict[str, Any]:
+        """The keys and values of that file."""
+        return {key(name): _plain(value) for name, value in self.values().items() if value not in (None, {})}
 
 
 def _shallow(config: Any) -> dict[str, Any]:
@@ -176,6 +179,11 @@ def _plain(value: Any) -> Any:
 
 def from_file(path: Path) -> dict[str, Any]:
     """The options that a configuration file gives, by their names."""
+    return from_content(read_config(path), path)
+
+
+def from_content(content: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
+    """The same for keys and values that have been read; ``source`` is what errors say of their origin."""
     parser = Parser(add_help=False)
     add_setting_options(parser)
-    return vars(parse_config(read_config(path), parser, path))
+    return vars(parse_config(content, parser, source))

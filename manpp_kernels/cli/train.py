@@ -13,7 +13,7 @@ from manpp_kernels.cli.settings import Settings, add_setting_options, from_file
 from manpp_kernels.recipes import recipe
 
 # What may differ when a run is resumed, as it does not change what is computed.
-_FREE_ON_RESUME = {"data_root", "download", "workers", "threads", "device", "tensorboard"}
+FREE_ON_RESUME = {"data_root", "download", "workers", "threads", "device", "tensorboard"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -101,6 +101,6 @@ def _resumed(given: dict[str, Any], folder: Path) -> Settings:
     saved = Settings.of(from_file(folder / CONFIG_NAME))
     values = saved.values()
     for name, value in given.items():
-        if name not in _FREE_ON_RESUME and values.get(name) != value:
+        if name not in FREE_ON_RESUME and values.get(name) != value:
             raise UserError(f"--resume continues a run as it was, and --{key(name)} would change it: leave it out")
     return saved.replace(**given)

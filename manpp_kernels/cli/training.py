@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from manpp_kernels.checkpoint import export_weights
+from manpp_kernels.checkpoint import atomic_path, export_weights
 from manpp_kernels.cli.display import Display
 from manpp_kernels.cli.logs import TensorBoardLog, write_csv
 from manpp_kernels.cli.parsing import UserError, did_you_mean
 from manpp_kernels.cli.plots import plot_curves
 from manpp_kernels.cli.recipe import default_lr, optimizer_factory, scheduler_factory
 from manpp_kernels.cli.settings import Settings
+from manpp_kernels.cli.summary import summary
 from manpp_kernels.data import DataError, ImageData, evaluation_loader, load, training_loader
 from manpp_kernels.local.rules import with_normalization
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
 
 CONFIG_NAME = "config.yaml"
+SUMMARY_NAME = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,22 @@ class Result:
     on_gpu: bool
 
 
-def train(settings: Settings, folder: Path, display: Display, *, resume: Path | None = None) -> Result:
+def train(
+    settings: Settings,
+    folder: Path,
+    display: Display,
+    *,
+    resume: Path | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Result:
     """Train as the settings say, and leave everything in ``folder``.
 
     Files: config.yaml (the settings), checkpoint.pt (after every epoch), history.csv, TensorBoard events, curves.png,
-    and model.safetensors, the weights of the model itself.
+    model.safetensors, the weights of the model itself, and, once all epochs are done, summary.json.
 
     Args:
         resume: a checkpoint to continue from.
+        stop: asked after every step; True ends the run as Ctrl-C does.
 
     Raises:
         UserError: the settings do not fit each other, the data or this machine.
@@ -74,6 +85,9 @@ def train(settings: Settings, folder: Path, display: Display, *, resume: Path | 
             display.step(trainer, result)
             if board is not None:
                 board.step(result.losses)
+            if stop is not None and stop():
+                # What fit takes as Ctrl-C: between two steps, it saves a checkpoint and returns.
+                raise KeyboardInterrupt
 
         def on_epoch(trainer: LocalTrainer, row: dict[str, Any]) -> None:
             display.epoch(row, run.epochs)
@@ -98,6 +112,9 @@ def train(settings: Settings, folder: Path, display: Display, *, resume: Path | 
             raise UserError(str(error)) from error
     plot_curves({settings.trainer.rule: history}, folder / "curves.png")
     export_weights(trainer.model, folder / "model.safetensors")
+    if not trainer.interrupted:
+        with atomic_path(folder / SUMMARY_NAME) as path:
+            path.write_text(json.dumps(summary(trainer, data), indent=1) + "\n", encoding="utf-8")
     return Result(folder, history, trainer.interrupted, device.type == "cuda")
 
 
