@@ -45,7 +45,7 @@ def test_a_step_equals_the_naive_implementation(parts: str, order: str) -> None:
 
 def test_alone_man_and_man_plus_plus_are_the_same() -> None:
     for parts in ("lb", "ema"):
-        sizes = [auxiliary_sizes(rule, {"parts": parts}, resnet32()) for rule in ("man", "man++")]
+        sizes = [auxiliary_sizes(rule, {"parts": parts}, small_model()) for rule in ("man", "man++")]
         assert sizes[0] == sizes[1]
 
 
