@@ -54,7 +54,19 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def start(environment: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "emulated_library", "-p", "no:cacheprovider", "-x", *arguments]
+    # -s: what a sanitizer says before it ends the process would be lost with what pytest had captured.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "emulated_library",
+        "-p",
+        "no:cacheprovider",
+        "-x",
+        "-s",
+        *arguments,
+    ]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -77,7 +89,7 @@ def test_kernels(environment: dict[str, str]) -> None:
 
 def test_an_access_out_of_bounds_is_found(environment: dict[str, str]) -> None:
     crash = f"{HERE / 'cuda_emulation' / 'kernels.py'}::test_it_finds_an_access_out_of_bounds"
-    process = start({**environment, "MANPP_EMULATION_CRASH": "1"}, "-s", crash)
+    process = start({**environment, "MANPP_EMULATION_CRASH": "1"}, crash)
     output = process.communicate()[0]
     assert process.returncode != 0
     assert "heap-buffer-overflow" in output, output[-4000:]
