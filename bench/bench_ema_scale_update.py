@@ -23,20 +23,24 @@ WEIGHTS_FROM_BF16 = Kind("fp32 from bf16", params=torch.bfloat16, weights=True)
 SMALL = "96 x 4,800"
 ON_CPU = (SMALL, "600 x 40,000", "ResNet-50, 161 tensors", "ViT-B, 152 tensors", "YOLO-like, 1,188 tensors", "4 x 8 M")
 ON_CUDA = (*ON_CPU[:-1], "4 x 25 M")
-# Compiling hundreds of statements takes minutes, and tells no more than these do.
-COMPILED = (SMALL, "4 x 8 M", "4 x 25 M")
+FEW = ("4 x 8 M", "4 x 25 M")
 
 
-def _update(size: str, kind: Kind, sets: int) -> list[Contender]:
+def _compiles(size: str, kind: Kind, threads: int, resident: bool) -> bool:
+    """Whether the peers are also compiled. Hundreds of statements take minutes to compile, 96 take most of one."""
+    return size in FEW or (size == SMALL and kind.name == "fp32" and threads == ALL_THREADS and not resident)
+
+
+def _update(size: str, kind: Kind, compiled: bool, sets: int) -> list[Contender]:
     shapes, groups = SIZES[size](), BLOCKS if kind.weights and size == SMALL else 1
     inputs = [make_inputs(shapes, kind, groups) for _ in range(sets)]
     peers: Callable[..., list[Contender]] = weights_peers if kind.weights else update_peers
-    return ours(inputs, kind) + peers(inputs, kind, size in COMPILED)
+    return ours(inputs, kind) + peers(inputs, kind, compiled)
 
 
 def _backward(size: str, sets: int) -> list[Contender]:
     inputs = [make_inputs(SIZES[size](), WEIGHTS, BLOCKS if size == SMALL else 1) for _ in range(sets)]
-    return backward_contenders(inputs, size in COMPILED)
+    return backward_contenders(inputs, size in FEW)
 
 
 def _case(size: str, kind: Kind, *, threads: int = ALL_THREADS, resident: bool = False) -> Case:
@@ -52,7 +56,7 @@ def _case(size: str, kind: Kind, *, threads: int = ALL_THREADS, resident: bool =
         moved=count * kind.bytes_per_element(),
         footprint=count * kind.footprint_per_element(),
         headline=headline(),
-        build=functools.partial(_update, size, kind),
+        build=functools.partial(_update, size, kind, _compiles(size, kind, threads, resident)),
         threads=threads,
         resident=resident,
     )

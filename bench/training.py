@@ -117,9 +117,10 @@ def step_seconds(trainer: Trains, batch: tuple[Tensor, Tensor], steps: int) -> f
     return (time.perf_counter_ns() - start) * 1e-9 / steps
 
 
-def measure(network: str, variants: list[str]) -> list[dict[str, Any]]:
+def measure(network: str, variants: list[str], rounds: int | None = None) -> list[dict[str, Any]]:
     """A row for each variant."""
-    blocks, rounds = NETWORKS[network]
+    blocks, usual = NETWORKS[network]
+    rounds = rounds or usual
     steps = 3 if DEVICE.type == "cuda" and not QUICK else 1
     torch.manual_seed(0)
     batch = torch.randn(BATCH, *IMAGE, device=DEVICE), torch.randint(0, CLASSES, (BATCH,), device=DEVICE)
@@ -191,11 +192,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", action="append", choices=list(NETWORKS), help="may be repeated [all]")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="may be repeated [all]")
+    parser.add_argument("--rounds", type=int, metavar="N", help="steps of each variant that are timed")
     parser.add_argument("--json", type=Path, metavar="PATH")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     for network in args.network or NETWORKS:
-        rows += measure(network, args.variant or list(VARIANTS))
+        rows += measure(network, args.variant or list(VARIANTS), args.rounds)
         gc.collect()
         if args.json is not None:  # after each network, so that a time limit leaves what there is
             write_json(args.json, {"environment": environment(), "rows": rows})
