@@ -46,8 +46,12 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown CPU"
 
 
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+def _output(*words: str) -> str:
+    """What a command prints; nothing where there is no such command or it fails."""
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return done.stdout.strip()
 
 
@@ -63,8 +67,8 @@ def environment() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         # A tree that came without its history can be told its commit.
-        "commit": os.environ.get("MANPP_COMMIT") or _git("rev-parse", "--short", "HEAD") or "unknown",
-        "changed": bool(_git("status", "--porcelain", "--", "csrc", "manpp_kernels")),
+        "commit": os.environ.get("MANPP_COMMIT") or _output("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "changed": bool(_output("git", "status", "--porcelain", "--", "csrc", "manpp_kernels")),
         "device": str(DEVICE),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -80,17 +84,12 @@ def environment() -> dict[str, Any]:
     }
     if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(DEVICE)
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         facts |= {
             "gpu": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
-            "driver": driver.stdout.strip().splitlines()[0] if driver.stdout.strip() else "unknown",
+            "driver": driver.splitlines()[0] if driver else "unknown",
         }
     return facts
 

@@ -35,25 +35,23 @@ import manpp_kernels
 
 COUNTS = (10, 100, 1000)
 UPDATE, WEIGHTS = "update", "update + weights"
-# On CUDA a thousand launches fill the queue, and the host would wait for the device.
-MOST_LAUNCHES = 900
+# On CUDA a thousand launches fill the queue, and the host would wait for the device: few calls at once, many times.
+CALLS_AT_ONCE, MOST_LAUNCHES = 4, 900
 
 
-def _native_call(x: Inputs) -> list[Contender]:
-    """The compiled part of a plan's update alone: what is left is Python's."""
+def _parts_of_a_plan(x: Inputs) -> list[Contender]:
+    """What a plan's update consists of, beside Python's own cost: the launch, and telling autograd of the write."""
     found = []
     for backend in our_backends():
-        if backend == "triton":
-            continue
         with manpp_kernels.use_backend(backend):
             plan = manpp_kernels.EmaPlan(x.ema, x.params)
             plan.update(MOMENTUM)
-        native = getattr(plan, "_native", None)
-        if native is not None:
-            call = [lambda p=plan: p._native.update(MOMENTUM)]
-            found.append(Contender(f"{backend} plan, C++ alone", call, ours=True, backend=backend))
-            bump = [lambda p=plan: torch._C._increment_version(p.ema)]
-            found.append(Contender("version counters alone", bump, ours=True))
+        launch = getattr(plan, "_update_alone", None)  # of the plan's own; where that changes, the row goes
+        if launch is not None:
+            call = [lambda f=launch: f(MOMENTUM)]
+            found.append(Contender(f"{backend} plan, the launch alone", call, ours=True, backend=backend))
+    versions = [lambda: torch.autograd.graph.increment_version(x.ema)]
+    found.append(Contender("version counters alone", versions, ours=True))
     return found
 
 
@@ -63,7 +61,7 @@ def contenders(count: int, work: str) -> list[Contender]:
     # The eager backend is no competitor here, and its launches would fill the queue.
     found = [c for c in ours([x], kind) if c.backend != "eager"]
     if work == UPDATE:
-        found += _native_call(x)
+        found += _parts_of_a_plan(x)
         found.append(Contender("foreach lerp_", [lambda: foreach_lerp(x.ema, x.params)]))
         found += [c for c in update_peers([x], kind, compiled=False) if "ModelE" in c.name or "Averaged" in c.name]
         found.append(Contender("loop, mul_ add_", [lambda: loop(x.ema, x.params)]))
@@ -86,11 +84,11 @@ def measure() -> list[dict[str, Any]]:
         for count in COUNTS:
             effort = EFFORT
             if DEVICE.type == "cuda":
-                effort = Effort(EFFORT.seconds, EFFORT.rounds * 3, most_calls=20)
+                effort = Effort(EFFORT.seconds, EFFORT.rounds * 4, most_calls=CALLS_AT_ONCE)
             found = contenders(count, work)
             if DEVICE.type == "cuda":
-                # A loop of 1,000 tensors is 2,000 launches a call: its host waits for the device, as it does in use.
-                found = [c for c in found if count * 2 <= MOST_LAUNCHES or not c.name.startswith("loop")]
+                launches = 2 * count * CALLS_AT_ONCE
+                found = [c for c in found if launches <= MOST_LAUNCHES or not c.name.startswith("loop")]
             samples, left_out = race(found, LaunchClock, effort)
             times = {
                 name: {"us": round(s.median * 1e6, 3), "min_us": round(s.least * 1e6, 3)} for name, s in samples.items()

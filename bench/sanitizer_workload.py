@@ -16,17 +16,19 @@ from torch import Tensor
 import manpp_kernels
 from manpp_kernels import EmaPlan, detach_copy, ema_scale_update, scale_bias_mix
 
+BACKEND = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+DEVICE = "cpu" if BACKEND == "cpu" else "cuda"
 SHAPES = [(0,), (1,), (3, 5), (127,), (1031,), (4096,), (64, 64, 3, 3), (10007,)] + [(17,)] * 40
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def draw(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    return [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
 
 
 def update(ema_dtype: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
     ema, params, bias = draw(SHAPES, ema_dtype), draw(SHAPES, dtype), draw(SHAPES, dtype)
-    scale = torch.tensor([0.5, 1.25], device="cuda", requires_grad=True)
+    scale = torch.tensor([0.5, 1.25], device=DEVICE, requires_grad=True)
     groups = [i % 2 for i in range(len(SHAPES))]
     bias = [b.requires_grad_() for b in bias]
     weights = ema_scale_update(ema, params, 0.9, scale=scale, bias=bias, groups=groups)
@@ -36,9 +38,9 @@ def update(ema_dtype: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
 
 def plan(ema_dtype: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
     ema, params, bias = draw(SHAPES, ema_dtype), draw(SHAPES, dtype), draw(SHAPES, dtype)
-    momentum = torch.tensor(0.9, device="cuda")
+    momentum = torch.tensor(0.9, device=DEVICE)
     EmaPlan(ema, params).update(momentum)
-    weights = EmaPlan(ema, params, bias=bias).update(0.9, scale=torch.tensor(0.5, device="cuda"))
+    weights = EmaPlan(ema, params, bias=bias).update(0.9, scale=torch.tensor(0.5, device=DEVICE))
     return [*ema, *(weights or [])]
 
 
@@ -52,15 +54,15 @@ def mix(layout: torch.memory_format, channels: int) -> list[Tensor]:
     found = []
     for dtype in DTYPES[:2]:
         for scale in (torch.tensor(0.5), torch.rand(channels)):
-            maps = [torch.randn(3, channels, 7, 9, device="cuda").to(dtype, memory_format=layout) for _ in range(3)]
-            inputs = [t.detach().requires_grad_() for t in (*maps[:2], scale.cuda())]
+            maps = [torch.randn(3, channels, 7, 9, device=DEVICE).to(dtype, memory_format=layout) for _ in range(3)]
+            inputs = [t.detach().requires_grad_() for t in (*maps[:2], scale.to(DEVICE))]
             y = scale_bias_mix(*inputs)
             found += [y, *torch.autograd.grad(y, inputs, maps[2])]
     return found
 
 
 def copy(layout: torch.memory_format, channels: int) -> list[Tensor]:
-    x = torch.randn(3, channels, 33, 31, device="cuda")
+    x = torch.randn(3, channels, 33, 31, device=DEVICE)
     return [detach_copy(x, dtype=dtype, memory_format=layout) for dtype in DTYPES] + [detach_copy(x[:, :, ::2])]
 
 
@@ -80,12 +82,12 @@ def run(backend: str, function: Callable[..., list[Tensor]], arguments: tuple[ob
 
 
 def main() -> int:
-    backend = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     for function, arguments in works():
-        for ours, reference in zip(run(backend, function, arguments), run("eager", function, arguments), strict=True):
+        for ours, reference in zip(run(BACKEND, function, arguments), run("eager", function, arguments), strict=True):
             torch.testing.assert_close(ours, reference, rtol=2e-2, atol=2e-2)
-    torch.cuda.synchronize()
-    print(f"{backend}: {len(works())} pieces of work agree with eager")
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print(f"{BACKEND}: {len(works())} pieces of work agree with eager")
     return 0
 
 

@@ -66,11 +66,16 @@ class HostClock:
     def round_up(self, count: int) -> int:
         return count
 
-    def time(self, count: int) -> float:
-        """Seconds that ``count`` calls take, going on where the last round ended among the input sets."""
+    def order(self, count: int) -> list[Call]:
+        """The next ``count`` calls, going on where the last round ended among the input sets."""
         calls, size = self._calls, len(self._calls)
         order = [calls[(self._next + i) % size] for i in range(count)]
         self._next = (self._next + count) % size
+        return order
+
+    def time(self, count: int) -> float:
+        """Seconds that ``count`` calls take."""
+        order = self.order(count)
         start = time.perf_counter_ns()
         for call in order:
             call()
@@ -85,9 +90,11 @@ class DeviceClock(HostClock):
         self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def time(self, count: int) -> float:
+        order = self.order(count)
         torch.cuda.synchronize()
         self._start.record()
-        super().time(count)
+        for call in order:
+            call()
         self._end.record()
         self._end.synchronize()
         return self._start.elapsed_time(self._end) * 1e-3
@@ -101,13 +108,18 @@ class GraphClock(DeviceClock):
         self._work = len(contender.calls)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             contender.calls[0]()
+            torch.cuda.synchronize()
+            # Not by torch.cuda.graph, which empties the allocator's cache each time: there are hundreds of captures.
+            self._graph.capture_begin()
+            try:
+                for call in contender.calls:
+                    call()
+            finally:
+                self._graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for call in contender.calls:
-                call()
         self._calls = [self._graph.replay]
 
     def round_up(self, count: int) -> int:
