@@ -11,6 +11,7 @@ from manpp_kernels.cli.parsing import Parser, UserError, did_you_mean
 COMMANDS = {
     "train": "train a network, by local learning or end to end",
     "compare": "train several variants alike, and put them side by side",
+    "report": "draw what went on in a run, block by block",
     "demo": "compare MAN++ with end-to-end training on the digits, in a few minutes on a CPU",
     "bench": "run the benchmarks of a checkout",
     "doctor": "say which backends work here, and why another does not",

@@ -7,10 +7,10 @@ import dataclasses
 import gc
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from manpp_kernels.cli.parsing import UserError, add_option, did_you_mean, key, options_of, read_config
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         write(collect(comparison, folder), folder)
 
     if not args.table:
-        deadline = None if args.time_limit is None else time.monotonic() + 60 * args.time_limit
+        deadline = None if args.time_limit is None else monotonic() + 60 * args.time_limit
         try:
             outcome = _train_all(runs, folder, display, deadline, table)
         finally:
@@ -130,7 +130,7 @@ def _train_all(
     from manpp_kernels.trainer import CHECKPOINT_NAME
 
     def late() -> bool:
-        return deadline is not None and time.monotonic() >= deadline
+        return deadline is not None and monotonic() >= deadline
 
     outcome = Outcome()
     for number, (variant, seed, settings) in enumerate(runs, 1):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from manpp_kernels.checkpoint import atomic_path
 from manpp_kernels.cli.logs import read_csv
+from manpp_kernels.cli.observe import BLOCKS_NAME
 from manpp_kernels.cli.recipe import default_lr
 from manpp_kernels.cli.settings import Settings
 from manpp_kernels.cli.training import SUMMARY_NAME
@@ -62,7 +63,7 @@ def _recipe(settings: Settings) -> dict[str, Any]:
 
 def _run(seed: int, summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     history = read_csv(folder / "history.csv")
-    run = {
+    run: dict[str, Any] = {
         "seed": seed,
         "accuracy": history[-1]["val_acc"],
         "train_accuracy": history[-1]["train_acc"],
@@ -73,6 +74,10 @@ def _run(seed: int, summary: dict[str, Any], folder: Path) -> dict[str, Any]:
         "epochs": [{name: _rounded(row[name]) for name in _EPOCH} for row in history],
         **{name: summary[name] for name in ("blocks", "auxiliary_parameters", "ema_parameters")},
     }
+    if (folder / BLOCKS_NAME).is_file():
+        # Of the blocks where they have arrived; how they came there is in the run's own files.
+        rows = read_csv(folder / BLOCKS_NAME)[-run["blocks"] :]
+        run["last_epoch_by_block"] = [{name: _rounded(value) for name, value in row.items()} for row in rows]
     return {name: _rounded(value) for name, value in run.items()}
 
 

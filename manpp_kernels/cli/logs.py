@@ -63,5 +63,10 @@ class TensorBoardLog:
         self._losses, self._steps = None, 0
         self._writer.flush()
 
+    def add(self, values: Mapping[str, float], epoch: int) -> None:
+        """More scalars of an epoch, by their names."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, epoch)
+
     def close(self) -> None:
         self._writer.close()

@@ -61,6 +61,9 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto is cuda where there is one")
     out: Path | None = option(None, "folder of the run; by default a new one in runs/")
     tensorboard: bool = option(True, "write TensorBoard events")
+    observe: bool = option(
+        False, "follow every block: accuracy of its local head, s, the EMA beside its source, memory; see manpp report"
+    )
 
 
 # Fields of the trainer's that are no options here: the optimizer has options of its own above, and the options of the

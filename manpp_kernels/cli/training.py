@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from manpp_kernels.checkpoint import atomic_path, export_weights
 from manpp_kernels.cli.display import Display
 from manpp_kernels.cli.logs import TensorBoardLog, write_csv
+from manpp_kernels.cli.observe import BlockObserver, scalars
 from manpp_kernels.cli.parsing import UserError, did_you_mean
 from manpp_kernels.cli.plots import plot_curves
 from manpp_kernels.cli.recipe import default_lr, optimizer_factory, scheduler_factory
 from manpp_kernels.cli.settings import Settings
 from manpp_kernels.cli.summary import summary
 from manpp_kernels.data import DataError, ImageData, evaluation_loader, load, training_loader
+from manpp_kernels.local.auxiliary import Criterion
 from manpp_kernels.local.rules import with_normalization
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
@@ -51,7 +55,8 @@ def train(
     """Train as the settings say, and leave everything in ``folder``.
 
     Files: config.yaml (the settings), checkpoint.pt (after every epoch), history.csv, TensorBoard events, curves.png,
-    model.safetensors, the weights of the model itself, and, once all epochs are done, summary.json.
+    model.safetensors, the weights of the model itself, blocks.csv where the blocks are observed, and, once all epochs
+    are done, summary.json.
 
     Args:
         resume: a checkpoint to continue from.
@@ -68,12 +73,15 @@ def train(
         data = _data(settings)
         loader, val_loader = _loaders(settings, data, device)
         torch.manual_seed(run.seed)
-        trainer = _trainer(settings, device, data, steps=len(loader))
+        observer = _observer(settings) if run.observe else None
+        trainer = _trainer(settings, device, data, len(loader), None if observer is None else observer.criterion)
         if resume is not None:
             trainer.load(resume)
 
     folder.mkdir(parents=True, exist_ok=True)
     settings.save(folder / CONFIG_NAME)
+    if observer is not None:
+        observer.attach(trainer, folder)
     with contextlib.ExitStack() as stack:
         board = TensorBoardLog(folder, trainer.epoch) if run.tensorboard else None
         if board is not None:
@@ -85,6 +93,8 @@ def train(
             display.step(trainer, result)
             if board is not None:
                 board.step(result.losses)
+            if observer is not None:
+                observer.step(trainer, result)
             if stop is not None and stop():
                 # What fit takes as Ctrl-C: between two steps, it saves a checkpoint and returns.
                 raise KeyboardInterrupt
@@ -94,6 +104,9 @@ def train(
             write_csv(trainer.history, folder / "history.csv")
             if board is not None:
                 board.epoch(row)
+            for measured in observer.epoch(trainer, folder) if observer is not None else ():
+                if board is not None:
+                    board.add(scalars(measured), row["epoch"])
 
         try:
             history = trainer.fit(
@@ -170,7 +183,13 @@ def _loaders(settings: Settings, data: ImageData, device: torch.device) -> tuple
     return train, evaluation_loader(data, max(run.batch_size, 256), **placing)
 
 
-def _trainer(settings: Settings, device: torch.device, data: ImageData, steps: int) -> LocalTrainer:
+def _observer(settings: Settings) -> BlockObserver:
+    return BlockObserver(functools.partial(F.cross_entropy, label_smoothing=settings.trainer.label_smoothing))
+
+
+def _trainer(
+    settings: Settings, device: torch.device, data: ImageData, steps: int, criterion: Criterion | None
+) -> LocalTrainer:
     run = settings.run
     lr = default_lr(run.optimizer, run.batch_size) if run.lr is None else run.lr
     per_epoch = steps if settings.trainer.schedule == "step" else 1
@@ -186,6 +205,7 @@ def _trainer(settings: Settings, device: torch.device, data: ImageData, steps: i
         num_classes=data.num_classes,
         optimizer=optimizer_factory(run.optimizer, lr, run.weight_decay, run.optimizer_arg),
         scheduler=scheduler_factory(run.schedule, run.epochs * per_epoch, run.warmup * per_epoch),
+        criterion=criterion,
         device=device,
     )
 

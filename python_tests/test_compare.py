@@ -1,0 +1,206 @@
+"""manpp compare: the file it takes, what it does not do again, and its table; small real runs on the digits."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from manpp_kernels.cli import compare, main
+from manpp_kernels.cli.parsing import UserError
+from manpp_kernels.trainer import LocalTrainer
+
+COMMON = {
+    "data": "digits",
+    "model": "resnet20",
+    "image-size": 8,
+    "limit": 64,
+    "test-limit": 32,
+    "batch-size": 32,
+    "epochs": 2,
+    "tensorboard": False,
+}
+VARIANTS: dict[str, Any] = {
+    "e2e": {"rule": "e2e"},
+    "dgl | narrow": {"rule": "dgl", "blocks": 3, "seeds": [0]},
+    "man++/dgl": {"rule": "man++", "blocks": 3},
+}
+
+
+def config(folder: Path, **changes: Any) -> Path:
+    content = {"title": "Tiny", "seeds": [0, 1], "common": COMMON, "variants": VARIANTS, **changes}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line of standard error of a request that is refused."""
+    assert main(["compare", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+class TestFile:
+    def test_seed_by_seed(self, tmp_path: Path) -> None:
+        comparison = compare.read(config(tmp_path))
+        assert [(variant.name, seed) for variant, seed, _ in comparison.runs()] == [
+            ("e2e", 0),
+            ("dgl | narrow", 0),
+            ("man++/dgl", 0),
+            ("e2e", 1),
+            ("man++/dgl", 1),
+        ]
+        assert all(settings.run.seed == seed and settings.run.epochs == 2 for _, seed, settings in comparison.runs())
+
+    def test_command_line_wins(self, tmp_path: Path) -> None:
+        comparison = compare.read(config(tmp_path), {"epochs": 7})
+        assert {settings.run.epochs for _, _, settings in comparison.runs()} == {7}
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"variant": {}}, r"no key 'variant' \(did you mean variants\?\)"),
+            ({"variants": {}}, "has to name one variant or more"),
+            ({"variants": {"a": {"rule": "dlg"}}}, "variant 'a': there is no rule 'dlg'"),
+            (
+                {"variants": {"a": {"rule": "dgl", "form": "parameter"}}},
+                "variant 'a': the rule 'dgl' has no option 'form'",
+            ),
+            ({"variants": {"a": {"rlue": "dgl"}}}, "variant 'a': there is no option 'rlue'"),
+            ({"variants": {"a": 3}}, "variant 'a' has to hold keys and values, and is 3"),
+            ({"variants": {"a": {"out": "x"}}}, "out is set by the comparison; use --out"),
+            ({"common": {"seed": 3}}, "seed is set by the comparison; use seeds"),
+            ({"variants": {"a b": {}, "A-b": {}}}, "'a b' and 'A-b' would share a folder"),
+            ({"seeds": []}, "seeds has to be whole numbers"),
+            ({"seeds": [1, 1]}, "each once"),
+            ({"variants": {"a": {"seeds": [True]}}}, "variant 'a': seeds has to be whole numbers"),
+        ],
+    )
+    def test_errors(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            compare.read(config(tmp_path, **changes))
+
+    @pytest.mark.parametrize(
+        "path", sorted((Path(__file__).parents[1] / "bench" / "comparisons").glob("*.yaml")), ids=str
+    )
+    def test_those_of_the_checkout(self, path: Path) -> None:
+        assert len(compare.read(path).variants) > 10
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The file and the folder of a comparison that has been made."""
+    folder = tmp_path_factory.mktemp("compare")
+    path = config(folder)
+    assert main(["compare", "--config", str(path), "--out", str(folder / "out")]) == 0
+    return path, folder / "out"
+
+
+class TestCommand:
+    def test_files(self, done: tuple[Path, Path]) -> None:
+        _, out = done
+        results = json.loads((out / "comparison.json").read_text())
+        assert (results["runs_done"], results["runs_wanted"]) == (5, 5)
+        assert results["shared"] | {"images": 64, "test_images": 32, "epochs": 2} == results["shared"]
+        assert {"commit", "torch", "cpu", "device", "version"} <= set(results["environment"])
+        end_to_end, dgl, man = results["variants"]
+        assert (end_to_end["blocks"], end_to_end["auxiliary_parameters"], end_to_end["ema_parameters"]) == (1, 0, 0)
+        assert dgl["accuracy_std"] is None
+        assert dgl["auxiliary_parameters"] > 0
+        assert man["ema_parameters"] > 0
+        found = [run["accuracy"] for run in man["runs"]]
+        assert man["accuracy"] == pytest.approx(sum(found) / 2)
+        assert man["accuracy_std"] == pytest.approx(abs(found[0] - found[1]) / 2**0.5, abs=1e-6)
+        assert [run["seed"] for run in man["runs"]] == [0, 1]
+        assert [len(run["epochs"]) for run in man["runs"]] == [2, 2]
+        with (out / "comparison.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 5
+        assert all(float(row["seconds_per_step"]) > 0 and int(row["peak_memory_bytes"]) > 0 for row in rows)
+        assert (out / "comparison.png").stat().st_size > 5000
+        assert (out / "curves.png").stat().st_size > 5000
+
+    def test_table_says_what_it_is_of(self, done: tuple[Path, Path]) -> None:
+        text = (done[1] / "comparison.md").read_text()
+        for fact in ("Tiny", "resnet20, 272,474 parameters", "64 training and 32 test images at 8x8", "2 epochs"):
+            assert fact in text
+        for fact in ("seeds 0, 1", "learning rate 0.025", f"torch {torch.__version__}", "commit", "5 of 5 runs"):
+            assert fact in text
+        assert "| dgl \\| narrow | 3 | 1 |" in text
+        assert len({line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+    def test_done_runs_are_not_repeated(self, done: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        path, out = done
+
+        def step(*_: Any) -> None:
+            raise AssertionError("trained again")
+
+        monkeypatch.setattr(LocalTrainer, "step", step)
+        assert main(["compare", "--config", str(path), "--out", str(out)]) == 0
+
+    def test_other_settings_are_refused(self, done: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+        path, out = done
+        error = refused(capsys, "--config", str(path), "--out", str(out), "--epochs", "3")
+        assert "holds a run with epochs 2, and now it is 3: choose another --out" in error
+
+    def test_stops_and_continues_exactly(
+        self,
+        done: tuple[Path, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """A time limit in the middle of an epoch; the weights at the end are those of a run without one."""
+        path, before = done
+        words = ["compare", "--config", str(path), "--out", str(tmp_path), "--only", "man++/dgl", "--device", "cpu"]
+        taken = 0
+
+        def late_after_three_steps() -> float:
+            return 0.0 if taken < 3 else 1e9
+
+        step = LocalTrainer.step
+
+        def counted(*given: Any) -> Any:
+            nonlocal taken
+            taken += 1
+            return step(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(compare, "monotonic", late_after_three_steps)
+            patch.setattr(LocalTrainer, "step", counted)
+            assert main([*words, "--time-limit", "60"]) == 0
+        output = capsys.readouterr()
+        assert "the time is over; run the same command again to continue" in output.err
+        assert "no run is finished yet" in output.out
+        assert taken == 3
+        assert main(words) == 0
+        assert "| e2e |  | 0 of 2 | not done |" in capsys.readouterr().out
+        for seed in (0, 1):
+            name = f"man++-dgl/seed-{seed}/model.safetensors"
+            first, second = load_file(before / name), load_file(tmp_path / name)
+            assert all(torch.equal(first[key], second[key]) for key in first)
+
+    def test_a_run_that_cannot_be_done_leaves_the_others(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        variants = {"too many": {"rule": "dgl", "blocks": 99}, "e2e": {"rule": "e2e"}}
+        path = config(tmp_path, variants=variants, seeds=[0])
+        assert main(["compare", "--config", str(path), "--out", str(tmp_path / "out"), "--epochs", "1"]) == 2
+        output = capsys.readouterr()
+        assert "1 of 2 runs could not be done; the first, too many with seed 0: " in output.err
+        assert "1 of 2 runs done" in output.out
+
+    def test_wrong_requests(self, done: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+        path = str(done[0])
+        assert "no variant 'e2' (did you mean e2e?)" in refused(capsys, "--config", path, "--only", "e2")
+        assert "positive number of minutes" in refused(capsys, "--config", path, "--time-limit", "0")
+        assert "cannot be read" in refused(capsys, "--config", "no.yaml")
+        assert "--config" in refused(capsys)
