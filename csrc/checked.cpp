@@ -3,6 +3,7 @@
 // is wrong or takes the long way.
 #include <algorithm>
 #include <exception>
+#include <utility>
 
 #include "table.h"
 
@@ -135,11 +136,15 @@ bool ema_scale_update_checked(
   }
 #ifdef MANPP_WITH_CUDA
   if (ema[0].is_cuda()) {
-    cuda::ema_scale_update(ema, params, momentum, momentum_tensor, scale, bias, groups, total, seed, out);
+    cuda::ema_scale_update(
+        std::move(ema), std::move(params), momentum, momentum_tensor, scale, std::move(bias), std::move(groups), total,
+        seed, std::move(out));
     return true;
   }
 #endif
-  cpu::ema_scale_update(ema, params, momentum, momentum_tensor, scale, bias, groups, total, seed, out);
+  cpu::ema_scale_update(
+      std::move(ema), std::move(params), momentum, momentum_tensor, scale, std::move(bias), std::move(groups), total, seed,
+      std::move(out));
   return true;
 }
 

@@ -102,7 +102,7 @@ void Table::finish() {
 namespace {
 
 // x, or a stand-in for it, laid out like `layout`; `read` and `written` say what the kernel does with it.
-Tensor operand(Table& table, const Tensor& x, const Tensor& layout, bool read, bool written) {
+const Tensor& operand(Table& table, const Tensor& x, const Tensor& layout, bool read, bool written) {
   STD_TORCH_CHECK(
       same_sizes(x, layout) && x.get_device_index() == layout.get_device_index() && x.is_cuda() == layout.is_cuda(),
       "manpp_kernels: the tensors of a pair have to be of one shape and on one device");
@@ -117,11 +117,11 @@ Tensor operand(Table& table, const Tensor& x, const Tensor& layout, bool read, b
     table.copy_back.emplace_back(x, copy);
   }
   table.keep_alive.push_back(copy);
-  return copy;
+  return table.keep_alive.back();
 }
 
 // What the others are laid out like: x itself where it is dense, else a contiguous tensor of its sizes.
-Tensor reference_layout(Table& table, const Tensor& x) {
+const Tensor& reference_layout(Table& table, const Tensor& x) {
   if (is_dense(x)) {
     return x;
   }
@@ -162,17 +162,17 @@ Table build_table(
       table.entries.push_back(entry);
       continue;
     }
-    Tensor layout = reference_layout(table, ema[i]);
-    Tensor e = operand(table, ema[i], layout, true, true);
-    Tensor p = operand(table, params[i], layout, true, false);
+    const Tensor& layout = reference_layout(table, ema[i]);
+    const Tensor& e = operand(table, ema[i], layout, true, true);
+    const Tensor& p = operand(table, params[i], layout, true, false);
     entry.ema = e.data_ptr();
     entry.param = p.data_ptr();
     entry.ema_type = dtype_of(e);
     entry.param_type = dtype_of(p);
     entry.group = group_of(groups, i);
     if (!bias.empty()) {
-      Tensor b = operand(table, bias[i], layout, true, false);
-      Tensor w = operand(table, out[i], layout, false, true);
+      const Tensor& b = operand(table, bias[i], layout, true, false);
+      const Tensor& w = operand(table, out[i], layout, false, true);
       entry.bias = b.data_ptr();
       entry.out = w.data_ptr();
       entry.bias_type = dtype_of(b);
@@ -203,21 +203,21 @@ Table build_backward_table(
     entry.numel = grad[i].numel();
     entry.group = group_of(groups, i);
     if (entry.numel > 0) {
-      Tensor layout = reference_layout(table, grad[i]);
-      Tensor g = operand(table, grad[i], layout, true, false);
+      const Tensor& layout = reference_layout(table, grad[i]);
+      const Tensor& g = operand(table, grad[i], layout, true, false);
       entry.param = g.data_ptr();
       entry.param_type = dtype_of(g);
       entry.ema_type = entry.bias_type = entry.param_type;
       if (!bias.empty()) {
-        Tensor b = operand(table, bias[i], layout, true, false);
-        Tensor e = operand(table, ema[i], layout, true, false);
+        const Tensor& b = operand(table, bias[i], layout, true, false);
+        const Tensor& e = operand(table, ema[i], layout, true, false);
         entry.bias = b.data_ptr();
         entry.ema = e.data_ptr();
         entry.bias_type = dtype_of(b);
         entry.ema_type = dtype_of(e);
       }
       if (!grad_bias.empty()) {
-        Tensor w = operand(table, grad_bias[i], layout, false, true);
+        const Tensor& w = operand(table, grad_bias[i], layout, false, true);
         entry.out = w.data_ptr();
         STD_TORCH_CHECK(
             bias.empty() || dtype_of(w) == entry.bias_type, "manpp_kernels: grad_bias has to be of bias's dtype");

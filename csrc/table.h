@@ -1,6 +1,7 @@
 // From lists of tensors, as an operator receives them, to the table of a launch.
 #pragma once
 
+#include <deque>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -31,7 +32,7 @@ Tensor matching(const Tensor& x, const Tensor& like);
 // stand-ins laid out alike, whose results `finish` copies back.
 struct Table {
   std::vector<Entry> entries;
-  std::vector<Tensor> keep_alive;
+  std::deque<Tensor> keep_alive; // whose elements stay where they are when it grows
   std::vector<std::pair<Tensor, Tensor>> copy_back; // to, from
 
   bool in_place() const {

@@ -1,5 +1,11 @@
 #include "blocks.h"
 
+#include <algorithm>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace manpp {
 
 namespace {
@@ -87,5 +93,45 @@ void round_block(DType type, float* x, int64_t n, int64_t seed, uint32_t tensor,
   uint32_t key = random_key(seed, tensor, static_cast<uint32_t>(first >> 32));
   (type == DType::bf16 ? round_bfloat16 : round_half)(x, n, key, static_cast<uint32_t>(first));
 }
+
+#if defined(__SSE2__)
+static bool aligned16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+void stream_block(const float* x, int64_t n, float* y) {
+  int64_t i = 0;
+  if (aligned16(y)) {
+    for (; i + 4 <= n; i += 4) {
+      _mm_stream_ps(y + i, _mm_loadu_ps(x + i));
+    }
+  }
+  std::copy(x + i, x + n, y + i);
+}
+
+void stream_block(const double* x, int64_t n, double* y) {
+  int64_t i = 0;
+  if (aligned16(y)) {
+    for (; i + 2 <= n; i += 2) {
+      _mm_stream_pd(y + i, _mm_loadu_pd(x + i));
+    }
+  }
+  std::copy(x + i, x + n, y + i);
+}
+
+void stream_fence() {
+  _mm_sfence();
+}
+#else
+void stream_block(const float* x, int64_t n, float* y) {
+  std::copy(x, x + n, y);
+}
+
+void stream_block(const double* x, int64_t n, double* y) {
+  std::copy(x, x + n, y);
+}
+
+void stream_fence() {}
+#endif
 
 } // namespace manpp

@@ -25,6 +25,16 @@ void store_block(DType type, const double* x, int64_t n, void* y);
 // the first element within its tensor.
 void round_block(DType type, float* x, int64_t n, int64_t seed, uint32_t tensor, int64_t first);
 
+// n elements of a type with 16-byte stores that go past the caches, where y allows it: for results too large to be found
+// there later, whose lines would otherwise be fetched to be overwritten. Follow the last with stream_fence().
+void stream_block(const float* x, int64_t n, float* y);
+void stream_block(const double* x, int64_t n, double* y);
+void stream_fence();
+
+// Results of more bytes than this are streamed: with the operands of the same launch they exceed the last-level cache of
+// today's processors several times over. (What the system says of that cache is often another machine's.)
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
 template <class A>
 constexpr DType dtype_for() {
   return sizeof(A) == 8 ? DType::f64 : DType::f32;

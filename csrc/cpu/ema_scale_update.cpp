@@ -64,16 +64,27 @@ MANPP_KERNELS(double)
 #undef MANPP_KERNELS
 
 template <class A>
-void update_range(const Entry& t, int32_t index, int64_t begin, int64_t end, const Factors<A>& f, const int64_t* seed) {
+void update_range(
+    const Entry& t, int32_t index, int64_t begin, int64_t end, const Factors<A>& f, const int64_t* seed, bool stream) {
   constexpr DType type = dtype_for<A>();
   if (t.ema_type == type && t.param_type == type && (t.bias == nullptr || t.bias_type == type)) {
     A* e = static_cast<A*>(t.ema) + begin;
     const A* p = static_cast<const A*>(t.param) + begin;
     if (t.bias == nullptr) {
       ema_kernel(e, p, end - begin, f.keep, f.take);
-    } else {
-      const A* b = static_cast<const A*>(t.bias) + begin;
-      ema_mix_kernel(e, p, b, static_cast<A*>(t.out) + begin, end - begin, f.keep, f.take, f.scale, f.rest);
+      return;
+    }
+    const A* b = static_cast<const A*>(t.bias) + begin;
+    A* w = static_cast<A*>(t.out) + begin;
+    if (!stream) {
+      ema_mix_kernel(e, p, b, w, end - begin, f.keep, f.take, f.scale, f.rest);
+      return;
+    }
+    alignas(64) A mixed[kBlock];
+    for (int64_t i = 0; i < end - begin; i += kBlock) {
+      int64_t n = std::min(kBlock, end - begin - i);
+      ema_mix_kernel(e + i, p + i, b + i, mixed, n, f.keep, f.take, f.scale, f.rest);
+      stream_block(mixed, n, w + i);
     }
     return;
   }
@@ -127,15 +138,24 @@ void for_each_range(const std::vector<Entry>& entries, const std::vector<int64_t
 
 } // namespace
 
-EmaLaunch::EmaLaunch(std::vector<Entry> e) : entries(std::move(e)), ends(chunk_ends(entries, kChunk)) {}
+EmaLaunch::EmaLaunch(std::vector<Entry> e) : entries(std::move(e)), ends(chunk_ends(entries, kChunk)) {
+  int64_t bytes = 0;
+  for (const Entry& t : entries) {
+    bytes += t.out == nullptr ? 0 : t.numel * element_size(t.bias_type);
+  }
+  stream = bytes > kStreamBytes;
+}
 
 void EmaLaunch::run(const Scalars& scalars) const {
   for_each_range(entries, ends, [&](int tensor, int64_t begin, int64_t end) {
     const Entry& t = entries[tensor];
     if (wants_double(t)) {
-      update_range(t, tensor, begin, end, read_factors<double>(scalars, t.group), scalars.seed);
+      update_range(t, tensor, begin, end, read_factors<double>(scalars, t.group), scalars.seed, stream);
     } else {
-      update_range(t, tensor, begin, end, read_factors<float>(scalars, t.group), scalars.seed);
+      update_range(t, tensor, begin, end, read_factors<float>(scalars, t.group), scalars.seed, stream);
+    }
+    if (stream) {
+      stream_fence();
     }
   });
 }

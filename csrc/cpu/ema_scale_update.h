@@ -10,6 +10,7 @@ namespace manpp::cpu {
 struct EmaLaunch {
   std::vector<Entry> entries;
   std::vector<int64_t> ends; // chunk_ends
+  bool stream = false; // the effective weights go past the caches, being larger than those
 
   explicit EmaLaunch(std::vector<Entry> entries);
   void run(const Scalars& scalars) const;
