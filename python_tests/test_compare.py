@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from manpp_kernels.cli import compare, main
 from manpp_kernels.cli.parsing import UserError
 from manpp_kernels.trainer import LocalTrainer
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMON = {
     "data": "digits",
     "model": "resnet20",
@@ -25,6 +29,7 @@ COMMON = {
     "batch-size": 32,
     "epochs": 2,
     "tensorboard": False,
+    "observe": True,
 }
 VARIANTS: dict[str, Any] = {
     "e2e": {"rule": "e2e"},
@@ -89,7 +94,7 @@ class TestFile:
             compare.read(config(tmp_path, **changes))
 
     @pytest.mark.parametrize(
-        "path", sorted((Path(__file__).parents[1] / "bench" / "comparisons").glob("*.yaml")), ids=str
+        "path", sorted((ROOT / "bench" / "comparisons").glob("*.yaml")), ids=lambda path: path.stem
     )
     def test_those_of_the_checkout(self, path: Path) -> None:
         assert len(compare.read(path).variants) > 10
@@ -121,6 +126,11 @@ class TestCommand:
         assert man["accuracy_std"] == pytest.approx(abs(found[0] - found[1]) / 2**0.5, abs=1e-6)
         assert [run["seed"] for run in man["runs"]] == [0, 1]
         assert [len(run["epochs"]) for run in man["runs"]] == [2, 2]
+        assert [(row["epoch"], row["block"]) for row in man["runs"][1]["last_epoch_by_block"]] == [
+            (2, 0),
+            (2, 1),
+            (2, 2),
+        ]
         with (out / "comparison.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == 5
@@ -204,3 +214,37 @@ class TestCommand:
         assert "positive number of minutes" in refused(capsys, "--config", path, "--time-limit", "0")
         assert "cannot be read" in refused(capsys, "--config", "no.yaml")
         assert "--config" in refused(capsys)
+
+
+class TestPage:
+    @pytest.fixture
+    def page(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        monkeypatch.syspath_prepend(str(ROOT / "bench"))
+        return importlib.import_module("comparison_page")
+
+    def test_agrees_with_the_results(self, page: Any) -> None:
+        assert page.main(["--check"]) == 0
+
+    def test_shows_what_the_command_printed(
+        self, page: Any, done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        results, docs = tmp_path / "bench" / "results" / "cpu", tmp_path / "docs"
+        results.mkdir(parents=True)
+        docs.mkdir()
+        shutil.copy(done[1] / "comparison.json", results / "comparison_tiny.json")
+        (docs / "comparison.md").write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nafter\n")
+        monkeypatch.setattr(page, "ROOT", tmp_path)
+        monkeypatch.setattr(page, "PAGE", docs / "comparison.md")
+        monkeypatch.setattr(page, "RESULTS", results.parent)
+        assert page.main(["--check"]) == 1
+        assert page.main([]) == 0
+        assert page.main(["--check"]) == 0
+        text = (docs / "comparison.md").read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert (done[1] / "comparison.md").read_text().strip() in text
+        assert re.search(
+            r"\| training accuracy by block, % \| 0 \| 1 \| 2 \|\n.*\n\| e2e \| [0-9.]+ \|  \|  \|\n", text
+        )
+        for name in re.findall(r"\((figures/.*?)\)", text):
+            assert (docs / name).is_file()
