@@ -142,7 +142,8 @@ def report(kernels: list[Kernel], triton: bool) -> str:
         "Written by `tools/machine_code.py`; every table is read from the compiled kernels, and needs no GPU. Accesses",
         "are instructions to global memory by their width in bits, counted once wherever they stand in the code, so",
         "that a kernel's edge cases (the last elements of a tensor, misaligned ones) count beside its main path.",
-        f"Occupancy is the share of a multiprocessor's {WARPS} warps that can be resident, for blocks of {THREADS} threads.",
+        f"Occupancy is the share of a multiprocessor's {WARPS} warps that can be resident, for blocks of {THREADS} "
+        "threads.",
         "",
         "Bars, held by `tools/machine_code.py --check` in the tests: no kernel uses local memory or spills a register;",
         "every kernel marked * loads and stores 128 bits at a time.",
