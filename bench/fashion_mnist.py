@@ -26,7 +26,7 @@ RULES = {
     "MAN++ parameter form": ["--rule", "man++", "--form", "parameter", "--order", "unlocked"],
 }
 QUICK_RECIPE = "--model resnet20 --image-size 8 --limit 64 --test-limit 64 --epochs 1 --batch-size 32"
-CPU_RECIPE = "--model resnet20 --image-size 16 --limit 20000 --epochs 5 --batch-size 128"
+CPU_RECIPE = "--model resnet20 --image-size 16 --limit 10000 --epochs 3 --batch-size 128"
 CUDA_RECIPE = "--model resnet32 --image-size 32 --epochs 5 --batch-size 512"
 
 
