@@ -258,7 +258,7 @@ def _readme_training(results: Results) -> list[list[str]]:
         end_to_end = next(p for p in rows if p["network"] == r["network"] and p["variant"] == "e2e")
         what = f"{r['network']}, K = {r['blocks']}"
         times = [f"{1e3 * x['seconds']:,.0f} ms" for x in (r, plain)]
-        lines.append([f"MAN++ step, {what}", times[0], f"plain PyTorch: {times[1]}", f"{r['speed_up']:.1f}x"])
+        lines.append([f"MAN++ step, {what}", times[0], f"plain PyTorch: {times[1]}", f"{r['speed_up']:.2f}x"])
         kind = "allocated_bytes" if on_gpu(results) else "saved_bytes"
         memory = [f"{mib(x[kind])} MiB" for x in (r, end_to_end)]
         lines.append([f"activation memory, {what}", memory[0], f"end to end: {memory[1]}", f"{r['memory_share']:.0%}"])

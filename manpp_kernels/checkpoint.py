@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path in the same folder; on leaving without an exception it becomes ``path`` as a whole."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    # Not tempfile.mkstemp, whose files only their owner can read: weights are to be shared as the umask says.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)  # safetensors puts a private file of its own in its place
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -175,7 +175,7 @@ def test_checkpoints_every_few_steps(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    """A process that does nothing but write checkpoints is killed at ten different moments."""
+    """A process that does nothing but write checkpoints is killed at four different moments."""
     path = tmp_path / "c.pt"
     script = textwrap.dedent("""
         import sys, torch
@@ -195,6 +195,19 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path: Path) -> N
         process.stdout.close()
         state = checkpoint.read(path)
         assert bool((state["data"] == state["i"]).all())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_may_be_read_by_whom_the_umask_allows(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        checkpoint.write(tmp_path / "c.pt", {"i": 1})
+        checkpoint.export_weights(nn.Linear(2, 2), tmp_path / "w.safetensors")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("c.pt", "w.safetensors")] == [mode, mode]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("where", ["save", "fsync", "replace"])

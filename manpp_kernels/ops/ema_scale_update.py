@@ -77,9 +77,11 @@ def _fused_backward(
     ctx: Any, scale: Tensor, bias: list[Tensor], ema: list[Tensor], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     used = [i for i, g in enumerate(grads) if g is not None]
+    if not used:
+        return None, [None] * ctx.count
     grad = [g for g in grads if g is not None]
     grad_bias = [torch.empty_like(g, dtype=ctx.bias_dtypes[i]) for i, g in zip(used, grad, strict=True)]
-    grad_scale = torch.zeros_like(scale) if ctx.need_scale else None
+    grad_scale = torch.empty_like(scale) if ctx.need_scale else None
     _update_backward(
         scale.device,
         grad,
