@@ -1,8 +1,10 @@
-"""``LocalTrainer``: gradient-isolated training of any model, one local block at a time::
+"""``LocalTrainer``: gradient-isolated training of any model, one local block at a time.
 
-trainer = LocalTrainer(model, TrainerConfig(rule="man++"), example=(3, 32, 32))
-trainer.fit(train_loader, epochs=100, val_loader=val_loader, checkpoint_dir="run")
-trainer.export_state_dict()          # the model's own, as ever
+Used as::
+
+    trainer = LocalTrainer(model, TrainerConfig(rule="man++"), example=(3, 32, 32))
+    trainer.fit(train_loader, epochs=100, val_loader=val_loader, checkpoint_dir="run")
+    trainer.export_state_dict()  # the model's own, as ever
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from manpp_kernels.local.config import AMP_DTYPES, OptimizerFactory, SchedulerFa
 from manpp_kernels.local.epoch import EpochTotals, batches_from, deferred_interrupt
 from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
-from manpp_kernels.local.partition import adapt, evaluating, partition
+from manpp_kernels.local.partition import evaluating, partition
+from manpp_kernels.local.parts import adapt
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
 
@@ -40,7 +43,7 @@ class LocalTrainer:
     """Trains a model by a rule of local learning; the model that comes out is the user's own.
 
     Args:
-        model: a model with an adapter (see :mod:`manpp_kernels.local.partition`), trained in place.
+        model: a model with an adapter (see :mod:`manpp_kernels.local.parts`), trained in place.
         config: every setting.
         example: a batch of images, or the shape of an image (C, H, W), to measure features with.
         num_classes: checked against the model's output; None takes it from there.

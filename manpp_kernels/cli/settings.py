@@ -46,7 +46,7 @@ class RunConfig:
     """The network, the optimizer, and where the run happens."""
 
     model: str = option(
-        "resnet32", "resnet20, 32, 44, 56, 110 for small images, or one of torchvision's", metavar="NAME"
+        "resnet32", "resnet20, 32, 44, 56, 110 for small images, one of torchvision's, or timm/NAME", metavar="NAME"
     )
     epochs: int = option(10, "passes over the training images", minimum=1)
     batch_size: int = option(128, "images a step", minimum=2)

@@ -211,7 +211,10 @@ def _trainer(
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
-    """One of this package's models or of torchvision's, untrained."""
+    """One of this package's models, of torchvision's or, as ``timm/NAME``, of timm's, untrained."""
+    library, _, timm_name = name.rpartition("/")
+    if library == "timm":
+        return _timm_model(timm_name, num_classes)
     from torchvision import models
 
     theirs = models.list_models(module=models)
@@ -220,6 +223,17 @@ def build_model(name: str, num_classes: int) -> nn.Module:
     if name in theirs:
         return models.get_model(name, weights=None, num_classes=num_classes)
     raise UserError(
-        f"there is no model {name!r}{did_you_mean(name, [*MODELS, *theirs])}; there are {', '.join(MODELS)} and "
-        "torchvision's classification models"
+        f"there is no model {name!r}{did_you_mean(name, [*MODELS, *theirs])}; there are {', '.join(MODELS)}, "
+        "torchvision's classification models, and timm's as timm/NAME"
     )
+
+
+def _timm_model(name: str, num_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise UserError(f"timm/{name} needs timm: pip install timm") from error
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    return model

@@ -3,7 +3,8 @@
 from manpp_kernels.local.auxiliary import Auxiliary, Classifier, EmaUpdates, Site
 from manpp_kernels.local.memory import SavedTensorMeter, StepMemory, measure_step_memory
 from manpp_kernels.local.network import BlockOutput, LocalBlock, LocalNetwork
-from manpp_kernels.local.partition import Partition, Parts, adapt, partition
+from manpp_kernels.local.partition import Partition, partition
+from manpp_kernels.local.parts import Parts, adapt
 from manpp_kernels.local.rules import Rule, make_rule, register
 from manpp_kernels.local.rules import names as rule_names
 

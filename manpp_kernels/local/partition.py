@@ -1,146 +1,18 @@
-"""A model as stem, units and head, and the units as K local blocks.
-
-The parts are references to the user's own modules: training them trains the user's model, whose ``state_dict`` keeps
-its keys. How a class of models comes apart is one small function in a registry, :data:`adapt`::
-
-    @adapt.register(MyNet)
-    def _(model: MyNet) -> Parts:
-        return Parts(model.patch_embed, {f"blocks.{i}": b for i, b in enumerate(model.blocks)}, model.classifier)
-"""
+"""The units of a model as K local blocks: by count, by explicit boundaries, or balanced by measured memory."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.local import vision_transformer
 from manpp_kernels.local.memory import saved_bytes_of
-from manpp_kernels.models import cifar_resnet
-
-
-def reset_parameters(module: nn.Module) -> None:
-    """Draw every parameter anew, each layer by its own ``reset_parameters``: PyTorch's defaults."""
-    for m in module.modules():
-        reset = getattr(m, "reset_parameters", None)
-        if callable(reset):
-            reset()
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A model taken apart: ``head(units[-1](... units[0](stem(images))))`` has to be what ``model(images)`` is.
-
-    Attributes:
-        stem: from images to the first unit's input.
-        units: the residual or transformer blocks in order, by the names that boundaries are given in.
-        head: from the last unit's output to logits (N, num_classes).
-        init: initialises a fresh copy of a unit in place, as the model's own constructor does.
-    """
-
-    stem: nn.Module
-    units: Mapping[str, nn.Module]
-    head: nn.Module
-    init: Callable[[nn.Module], None] = reset_parameters
-
-
-@functools.singledispatch
-def adapt(model: nn.Module) -> Parts:
-    """Take ``model`` apart by the adapter registered for its class; ``adapt.register`` adds one.
-
-    Raises:
-        TypeError: no adapter is registered for this class.
-    """
-    if _register_torchvision(type(model)):
-        return adapt(model)
-    raise TypeError(
-        f"there is no adapter for {type(model).__name__}; register a function that returns its stem, units and head: "
-        "@manpp_kernels.local.adapt.register"
-    )
-
-
-def _register_torchvision(cls: type) -> bool:
-    """Register torchvision's classes once a model of one comes along; torchvision is imported then, if it exists."""
-    if "torchvision.models.resnet" not in sys.modules:
-        return False
-    from torchvision.models import ResNet, VisionTransformer
-
-    for kind, adapter in ((ResNet, _adapt_torchvision_resnet), (VisionTransformer, _adapt_torchvision_vit)):
-        if issubclass(cls, kind) and kind not in adapt.registry:
-            adapt.register(kind)(adapter)
-            return True
-    return False
-
-
-def _staged_units(model: nn.Module, stages: Sequence[str]) -> dict[str, nn.Module]:
-    return {f"{stage}.{name}": unit for stage in stages for name, unit in getattr(model, stage).named_children()}
-
-
-def _adapt_torchvision_resnet(model: Any) -> Parts:
-    """ResNet, Wide ResNet and ResNeXt."""
-    return Parts(
-        nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool),
-        _staged_units(model, ["layer1", "layer2", "layer3", "layer4"]),
-        nn.Sequential(model.avgpool, nn.Flatten(), model.fc),
-        cifar_resnet.init_weights,  # the same distributions as torchvision's constructor
-    )
-
-
-def _adapt_torchvision_vit(model: Any) -> Parts:
-    return Parts(
-        vision_transformer.stem_of(model),
-        vision_transformer.units_of(model),
-        vision_transformer.head_of(model),
-        vision_transformer.init_encoder_block,
-    )
-
-
-@adapt.register
-def _(model: cifar_resnet.CifarResNet) -> Parts:
-    return Parts(
-        nn.Sequential(model.conv1, model.bn1, model.relu),
-        _staged_units(model, model.stages),
-        nn.Sequential(model.avgpool, nn.Flatten(), model.fc),
-        cifar_resnet.init_weights,
-    )
-
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
-_POOLS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
-_HEAD_LAYERS = (*_POOLS, nn.Flatten, nn.modules.dropout._DropoutNd)
-
-
-@adapt.register
-def _(model: nn.Sequential) -> Parts:
-    """Every child with parameters that is not a norm starts a group, which the norms, activations and pools after it
-    join. The first group is the stem, the last is the head, with the pooling, flattening and dropout right before it.
-    """
-    groups: list[list[tuple[str, nn.Module]]] = []
-    for name, child in model.named_children():
-        starts = any(True for _ in child.parameters()) and not isinstance(child, _NORMS)
-        if not groups or (starts and _has_parameters(groups[-1])):
-            groups.append([])
-        groups[-1].append((name, child))
-    if len(groups) < 2:
-        raise ValueError(
-            f"the nn.Sequential has {len(groups)} layers with parameters; local learning needs a stem, units and a head"
-        )
-    while len(groups[-2]) > 1 and isinstance(groups[-2][-1][1], _HEAD_LAYERS):
-        groups[-1].insert(0, groups[-2].pop())
-    stem, *units, head = (nn.Sequential(*(child for _, child in group)) for group in groups)
-    names = [group[0][0] for group in groups[1:-1]]
-    return Parts(stem, dict(zip(names, units, strict=True)), head)
-
-
-def _has_parameters(group: list[tuple[str, nn.Module]]) -> bool:
-    return any(True for _, child in group for _ in child.parameters())
+from manpp_kernels.local.parts import Parts, adapt
 
 
 @dataclass(frozen=True)
@@ -315,7 +187,8 @@ def _measure(model: nn.Module, parts: Parts, images: Tensor, by_memory: bool) ->
     named = [("stem", parts.stem), *parts.units.items()]
     _check_parameters(model, [*named, ("head", parts.head)])
     segments = []
-    with evaluating(model), torch.no_grad():
+    # The parts too: an adapter may have put modules into them that the model has not.
+    with evaluating(model, *(module for _, module in named), parts.head), torch.no_grad():
         expected = model(images)
         x = images
         for name, module in named:
@@ -359,12 +232,13 @@ def _saved_bytes(module: nn.Module, x: Tensor) -> int:
 class evaluating:
     """Evaluation mode inside the ``with`` block; afterwards every module is in the mode it was in."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, *modules: nn.Module) -> None:
+        self._modules = modules
 
     def __enter__(self) -> None:
-        self._modes = [(m, m.training) for m in self._model.modules()]
-        self._model.eval()
+        self._modes = [(m, m.training) for module in self._modules for m in module.modules()]
+        for module in self._modules:
+            module.eval()
 
     def __exit__(self, *exception: Any) -> None:
         for m, training in self._modes:

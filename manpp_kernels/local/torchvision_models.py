@@ -1,17 +1,43 @@
-"""Torchvision's vision transformers as stem, units and head."""
+"""Torchvision's models as stem, units and head."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torchvision.models import ResNet, VisionTransformer
+
+from manpp_kernels.local.parts import Parts, adapt, staged_units
+from manpp_kernels.models import cifar_resnet
+
+
+@adapt.register
+def _(model: ResNet) -> Parts:
+    """ResNet, Wide ResNet and ResNeXt."""
+    return Parts(
+        nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool),
+        staged_units(model, ["layer1", "layer2", "layer3", "layer4"]),
+        nn.Sequential(model.avgpool, nn.Flatten(), model.fc),
+        cifar_resnet.init_weights,  # the same distributions as torchvision's constructor
+    )
+
+
+@adapt.register
+def _(model: VisionTransformer) -> Parts:
+    # The embedding alone would be no local block: its class token has not seen the image, so that a classifier on it
+    # would teach the patches nothing. The encoder's first block joins it.
+    first, *others = model.encoder.layers.named_children()
+    return Parts(
+        nn.Sequential(Embedding(model), first[1]),
+        {f"encoder.layers.{name}": unit for name, unit in others},
+        nn.Sequential(model.encoder.ln, ClassToken(), model.heads),
+        init_encoder_block,
+    )
 
 
 class Embedding(nn.Module):
     """Images (N, C, H, W) to tokens (N, T, C), the class token first; holds the model's own parameters."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: VisionTransformer) -> None:
         super().__init__()
         self.conv_proj = model.conv_proj
         self.class_token = model.class_token
@@ -29,25 +55,6 @@ class ClassToken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, 0]
-
-
-def stem_of(model: Any) -> nn.Module:
-    """The embedding and the encoder's first block.
-
-    The embedding alone would be no local block: its class token has not seen the image, so that a classifier on it
-    would teach the patches nothing.
-    """
-    return nn.Sequential(Embedding(model), model.encoder.layers[0])
-
-
-def units_of(model: Any) -> dict[str, nn.Module]:
-    """The encoder's blocks from the second on, by their names in the model's ``state_dict``."""
-    return {f"encoder.layers.{name}": unit for name, unit in list(model.encoder.layers.named_children())[1:]}
-
-
-def head_of(model: Any) -> nn.Module:
-    """From the last unit's tokens to logits."""
-    return nn.Sequential(model.encoder.ln, ClassToken(), model.heads)
 
 
 def init_encoder_block(module: nn.Module) -> None:

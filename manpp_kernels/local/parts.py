@@ -1,0 +1,118 @@
+"""A model as stem, units and head.
+
+The parts are references to the user's own modules: training them trains the user's model, whose ``state_dict`` keeps
+its keys. How a class of models comes apart is one small function in a registry, :data:`adapt`::
+
+    @adapt.register(MyNet)
+    def _(model: MyNet) -> Parts:
+        return Parts(model.patch_embed, {f"blocks.{i}": b for i, b in enumerate(model.blocks)}, model.classifier)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from manpp_kernels.models import cifar_resnet
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Draw every parameter anew, each layer by its own ``reset_parameters``: PyTorch's defaults."""
+    for m in module.modules():
+        reset = getattr(m, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model taken apart: ``head(units[-1](... units[0](stem(images))))`` has to be what ``model(images)`` is.
+
+    Attributes:
+        stem: from images to the first unit's input.
+        units: the residual or transformer blocks in order, by the names that boundaries are given in.
+        head: from the last unit's output to logits (N, num_classes).
+        init: initialises a fresh copy of a unit in place, as the model's own constructor does.
+    """
+
+    stem: nn.Module
+    units: Mapping[str, nn.Module]
+    head: nn.Module
+    init: Callable[[nn.Module], None] = reset_parameters
+
+
+@functools.singledispatch
+def adapt(model: nn.Module) -> Parts:
+    """Take ``model`` apart by the adapter registered for its class; ``adapt.register`` adds one.
+
+    Raises:
+        TypeError: no adapter is registered for this class.
+    """
+    for cls in type(model).__mro__:
+        adapters = _LIBRARIES.get(cls.__module__.partition(".")[0])
+        if adapters is not None and adapters not in sys.modules:
+            importlib.import_module(adapters)
+            return adapt(model)
+    raise TypeError(
+        f"there is no adapter for {type(model).__name__}; register a function that returns its stem, units and head: "
+        "@manpp_kernels.local.adapt.register"
+    )
+
+
+# The adapters for the models of a library are imported once a model of it comes along: the library itself then has
+# been, and who has none of it needs none.
+_LIBRARIES = {
+    "timm": "manpp_kernels.local.timm_models",
+    "torchvision": "manpp_kernels.local.torchvision_models",
+}
+
+
+def staged_units(model: nn.Module, stages: Sequence[str]) -> dict[str, nn.Module]:
+    """The children of each stage, by their names in the model's ``state_dict``."""
+    return {f"{stage}.{name}": unit for stage in stages for name, unit in getattr(model, stage).named_children()}
+
+
+@adapt.register
+def _(model: cifar_resnet.CifarResNet) -> Parts:
+    return Parts(
+        nn.Sequential(model.conv1, model.bn1, model.relu),
+        staged_units(model, model.stages),
+        nn.Sequential(model.avgpool, nn.Flatten(), model.fc),
+        cifar_resnet.init_weights,
+    )
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+_POOLS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+_HEAD_LAYERS = (*_POOLS, nn.Flatten, nn.modules.dropout._DropoutNd)
+
+
+@adapt.register
+def _(model: nn.Sequential) -> Parts:
+    """Every child with parameters that is not a norm starts a group, which the norms, activations and pools after it
+    join. The first group is the stem, the last is the head, with the pooling, flattening and dropout right before it.
+    """
+    groups: list[list[tuple[str, nn.Module]]] = []
+    for name, child in model.named_children():
+        starts = any(True for _ in child.parameters()) and not isinstance(child, _NORMS)
+        if not groups or (starts and _has_parameters(groups[-1])):
+            groups.append([])
+        groups[-1].append((name, child))
+    if len(groups) < 2:
+        raise ValueError(
+            f"the nn.Sequential has {len(groups)} layers with parameters; local learning needs a stem, units and a head"
+        )
+    while len(groups[-2]) > 1 and isinstance(groups[-2][-1][1], _HEAD_LAYERS):
+        groups[-1].insert(0, groups[-2].pop())
+    stem, *units, head = (nn.Sequential(*(child for _, child in group)) for group in groups)
+    names = [group[0][0] for group in groups[1:-1]]
+    return Parts(stem, dict(zip(names, units, strict=True)), head)
+
+
+def _has_parameters(group: list[tuple[str, nn.Module]]) -> bool:
+    return any(True for _, child in group for _ in child.parameters())
