@@ -58,7 +58,14 @@ class EagerBlock(nn.Module):
 class EagerManPlusPlus:
     """Trains ``model`` with a block for the stem and for every unit."""
 
-    def __init__(self, model: nn.Module, image: tuple[int, ...], num_classes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        image: tuple[int, ...],
+        num_classes: int,
+        layout: torch.memory_format = torch.preserve_format,
+    ) -> None:
+        self.layout = layout
         parts = adapt(model)
         bodies = [parts.stem, *parts.units.values()]
         device = next(model.parameters()).device
@@ -70,8 +77,8 @@ class EagerManPlusPlus:
                 x = copy.deepcopy(body).eval()(x)
                 channels = copy.deepcopy(following).eval()(x).shape[1]
                 blocks.append(EagerBlock(body, following, channels, num_classes).to(device))
-        self.blocks = nn.ModuleList(blocks)
-        self.last = nn.Sequential(bodies[-1], parts.head)
+        self.blocks = nn.ModuleList(blocks).to(memory_format=layout)
+        self.last = nn.Sequential(bodies[-1], parts.head).to(memory_format=layout)
         self.optimizer = torch.optim.SGD(
             [p for p in self.parameters() if p.requires_grad], 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
         )
@@ -84,6 +91,7 @@ class EagerManPlusPlus:
 
     def step(self, batch: tuple[Tensor, Tensor]) -> None:
         x, targets = batch
+        x = x.to(memory_format=self.layout)
         self.optimizer.zero_grad()
         for block in self.blocks:
             x, logits = block(x)

@@ -133,7 +133,9 @@ def _training(results: dict[str, Any]) -> Iterator[Goal]:
     rows = results.get("training", {}).get("rows", [])
     end_to_end = {r["network"]: r["saved_bytes"] for r in rows if r["variant"] == "e2e"}
     for row in rows:
-        if row["variant"].startswith("MAN++ parameter form") and row["speed_up"] is not None:
+        # The baseline keeps the default memory format, so only what keeps it too is held against it.
+        same_format = "channels_last" not in row["variant"]
+        if row["variant"].startswith("MAN++ parameter form") and same_format and row["speed_up"] is not None:
             what = f"{row['network']}, {row['variant']}: a step over plain PyTorch"
             yield Goal(what, row["speed_up"], 1.3, "{:.2f}x")
     for row in rows:

@@ -33,7 +33,7 @@ CLASSES = 10
 IMAGE = (3, 16, 16) if QUICK else (3, 32, 32)
 BATCH = 8 if QUICK else 128
 # The network, its blocks (the stem and every unit), and how many rounds are timed.
-NETWORKS = {"resnet20": (10, 2)} if QUICK else {"resnet32": (16, 9), "resnet110": (55, 5)}
+NETWORKS = {"resnet20": (10, 2)} if QUICK else {"resnet32": (16, 11), "resnet110": (55, 7)}
 E2E, EAGER = "e2e", "MAN++, plain PyTorch"
 WIDE = {"width": "wide"}
 
@@ -69,19 +69,27 @@ def _ours(**settings: Any) -> Callable[[nn.Module], Trains]:
     return lambda model: LocalTrainer(model, TrainerConfig(measure_memory=False, **settings), example=IMAGE)
 
 
-def _man_pp(form: str, order: str) -> Callable[[nn.Module], Trains]:
-    return _ours(rule="man++", rule_options={"form": form}, order=order)
+def _man_pp(form: str, **settings: Any) -> Callable[[nn.Module], Trains]:
+    return _ours(rule="man++", rule_options={"form": form}, **settings)
+
+
+def _plain(layout: torch.memory_format) -> Callable[[nn.Module], Trains]:
+    return lambda model: EagerManPlusPlus(model, IMAGE, CLASSES, layout)
 
 
 VARIANTS: dict[str, Callable[[nn.Module], Trains]] = {
     E2E: _ours(rule="e2e"),
     "e2e, checkpointed": Checkpointed,
     "dgl, wide head": _ours(rule="dgl", rule_options=WIDE),
-    EAGER: lambda model: EagerManPlusPlus(model, IMAGE, CLASSES),
-    "MAN++ activation form": _man_pp("activation", "published"),
-    "MAN++ activation form, unlocked": _man_pp("activation", "unlocked"),
-    "MAN++ parameter form": _man_pp("parameter", "published"),
-    "MAN++ parameter form, unlocked": _man_pp("parameter", "unlocked"),
+    EAGER: _plain(torch.preserve_format),
+    "MAN++ activation form": _man_pp("activation"),
+    "MAN++ activation form, unlocked": _man_pp("activation", order="unlocked"),
+    "MAN++ parameter form": _man_pp("parameter"),
+    "MAN++ parameter form, unlocked": _man_pp("parameter", order="unlocked"),
+    # The same in the memory format that convolutions on a CPU prefer.
+    "e2e, channels_last": _ours(rule="e2e", channels_last=True),
+    "MAN++, plain PyTorch, channels_last": _plain(torch.channels_last),
+    "MAN++ parameter form, channels_last": _man_pp("parameter", channels_last=True),
 }
 
 
