@@ -5,48 +5,134 @@
 #include <exception>
 #include <utility>
 
+#include "cpu/ema_scale_update.h"
+#include "ema_scale_update.h"
 #include "table.h"
 
 namespace manpp {
 
-namespace cpu {
-void ema_scale_update(
-    std::vector<Tensor>, std::vector<Tensor>, double, std::optional<Tensor>, std::optional<Tensor>,
-    std::vector<Tensor>, std::vector<int64_t>, double, std::optional<Tensor>, std::vector<Tensor>);
-}
-#ifdef MANPP_WITH_CUDA
-namespace cuda {
-void ema_scale_update(
-    std::vector<Tensor>, std::vector<Tensor>, double, std::optional<Tensor>, std::optional<Tensor>,
-    std::vector<Tensor>, std::vector<int64_t>, double, std::optional<Tensor>, std::vector<Tensor>);
-}
-#endif
-
 namespace {
+
+// The tensors of a list argument, owned, as the handles in which they come. At a thousand tensors a std::vector<Tensor>,
+// which allocates for each of them once more, costs as much as all the checks.
+class Handles {
+ public:
+  explicit Handles(StableIValue argument) {
+    auto list = torch::stable::detail::to<StableListHandle>(argument);
+    size_t size = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    handles_.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item = 0;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+  }
+  ~Handles() {
+    for (AtenTensorHandle handle : handles_) {
+      aoti_torch_delete_tensor_object(handle);
+    }
+  }
+  Handles(const Handles&) = delete;
+  Handles& operator=(const Handles&) = delete;
+
+  size_t size() const {
+    return handles_.size();
+  }
+  bool empty() const {
+    return handles_.empty();
+  }
+  AtenTensorHandle operator[](size_t i) const {
+    return handles_[i];
+  }
+  std::vector<Tensor> release() {
+    std::vector<Tensor> tensors(handles_.begin(), handles_.end());
+    handles_.clear();
+    return tensors;
+  }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
+struct Arguments {
+  Handles ema;
+  Handles params;
+  double momentum;
+  std::optional<Tensor> momentum_tensor;
+  std::optional<Tensor> scale;
+  Handles bias;
+  std::vector<int64_t> groups;
+  double total;
+  std::optional<Tensor> seed;
+  Handles out;
+};
+
+// What there is to know of a tensor, asked for once: each question is a call into libtorch.
+struct Facts {
+  void* address = nullptr;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+  int64_t dim = 0;
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  DType type = DType::f32;
+  bool known = false; // of one of the four dtypes
+  bool contiguous = false;
+
+  explicit Facts(AtenTensorHandle t) {
+    int32_t dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
+    known = find_dtype(dtype, &type);
+    if (!known) {
+      return;
+    }
+    int64_t* borrowed = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &address));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &borrowed));
+    sizes = borrowed;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t, &device_index));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t, &contiguous));
+    if (!contiguous) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &borrowed));
+      strides = borrowed;
+    }
+  }
+
+  int64_t numel() const {
+    int64_t product = 1;
+    for (int64_t d = 0; d < dim; ++d) {
+      product *= sizes[d];
+    }
+    return product;
+  }
+
+  // Of the same shape, on the same device and with its elements in the same order.
+  bool matches(const Facts& other) const {
+    if (!known || device_type != other.device_type || device_index != other.device_index || dim != other.dim ||
+        contiguous != other.contiguous || !std::equal(sizes, sizes + dim, other.sizes)) {
+      return false;
+    }
+    for (int64_t d = 0; !contiguous && d < dim; ++d) {
+      if (sizes[d] > 1 && strides[d] != other.strides[d]) {
+        return false;
+      }
+    }
+    return true;
+  }
+};
 
 struct Span {
   uintptr_t begin;
   uintptr_t end;
 };
 
-bool is_known(const Tensor& t) {
-  using torch::headeronly::ScalarType;
-  ScalarType type = t.scalar_type();
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-      type == ScalarType::Double;
-}
-
-Span span_of(const Tensor& t) {
-  uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  return {begin, begin + static_cast<uintptr_t>(t.numel()) * t.element_size()};
-}
-
-bool fits(const Tensor& t, const Tensor& like, const Tensor& first) {
-  auto a = t.sizes();
-  auto b = like.sizes();
-  // No address: a storage that was freed, as sharded training does between uses.
-  return is_known(t) && (t.data_ptr() != nullptr || t.numel() == 0) && t.is_cuda() == first.is_cuda() && t.get_device_index() == first.get_device_index() &&
-      a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()) && same_layout(t, like);
+Span span_of(const void* address, DType type, int64_t numel) {
+  uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+  return {begin, begin + static_cast<uintptr_t>(numel * element_size(type))};
 }
 
 // Whether the spans that are written are disjoint from one another and from those that are read.
@@ -60,10 +146,19 @@ bool disjoint(std::vector<Span> written, const std::vector<Span>& read) {
       return false;
     }
   }
+  auto after = written.begin(); // the first that starts where r has ended
   for (const Span& r : read) {
+    auto is_it = [&] {
+      return (after == written.begin() || (after - 1)->begin < r.end) && (after == written.end() || after->begin >= r.end);
+    };
+    // Tensors made in turns stand in memory that way, so that the next one along is mostly right.
+    if (!is_it() && after != written.end()) {
+      ++after;
+    }
+    if (!is_it()) {
+      after = std::lower_bound(written.begin(), written.end(), Span{r.end, r.end}, starts_before);
+    }
     // The last written span that starts before r ends is the only one that can reach into it: they are disjoint.
-    auto after = std::lower_bound(
-        written.begin(), written.end(), Span{r.end, r.end}, [](const Span& a, const Span& b) { return a.begin < b.begin; });
     if (after != written.begin() && (after - 1)->end > r.begin) {
       return false;
     }
@@ -71,89 +166,137 @@ bool disjoint(std::vector<Span> written, const std::vector<Span>& read) {
   return true;
 }
 
-bool ordinary(
-    const std::vector<Tensor>& ema,
-    const std::vector<Tensor>& params,
-    const std::vector<Tensor>& bias,
-    const std::optional<Tensor>& scale,
-    const std::vector<int64_t>& groups) {
-  if (ema.empty() || params.size() != ema.size() || (!bias.empty() && bias.size() != ema.size()) ||
-      (!groups.empty() && groups.size() != ema.size()) || bias.empty() == scale.has_value()) {
-    return false;
+bool scale_fits(const Arguments& a, const Facts& first) {
+  if (!a.scale) {
+    return a.groups.empty();
   }
-  const Tensor& first = ema[0];
+  Facts scale(a.scale->get());
+  int64_t entries = scale.known ? scale.numel() : 0;
+  return scale.known && scale.dim <= 1 && scale.device_type == first.device_type &&
+      scale.device_index == first.device_index && (!a.groups.empty() || entries == 1) &&
+      std::all_of(a.groups.begin(), a.groups.end(), [&](int64_t g) { return 0 <= g && g < entries; });
+}
+
+// The table of the launch; nothing where the arguments are out of the ordinary.
+std::optional<std::vector<Entry>> ordinary(const Arguments& a) {
+  size_t count = a.ema.size();
+  bool weights = !a.bias.empty();
+  if (count == 0 || a.params.size() != count || (weights && a.bias.size() != count) ||
+      a.out.size() != a.bias.size() || (!a.groups.empty() && a.groups.size() != count) ||
+      weights != a.scale.has_value()) {
+    return std::nullopt;
+  }
+  Facts first(a.ema[0]);
+  if (!first.known || !scale_fits(a, first)) {
+    return std::nullopt;
+  }
+  std::vector<Entry> entries(count);
   std::vector<Span> written;
   std::vector<Span> read;
-  written.reserve(ema.size());
-  read.reserve(2 * ema.size());
-  for (size_t i = 0; i < ema.size(); ++i) {
-    bool ok = fits(ema[i], ema[i], first) && is_dense(ema[i]) && fits(params[i], ema[i], first) &&
-        (bias.empty() || fits(bias[i], ema[i], first));
-    if (!ok) {
-      return false;
+  written.reserve(count);
+  read.reserve(2 * count);
+  for (size_t i = 0; i < count; ++i) {
+    Entry& entry = entries[i];
+    Facts e(a.ema[i]);
+    Facts p(a.params[i]);
+    if (!e.known || e.device_type != first.device_type || e.device_index != first.device_index || !p.matches(e) ||
+        !(e.contiguous || is_dense(e.sizes, e.strides, e.dim))) {
+      return std::nullopt;
     }
-    if (ema[i].numel() > 0) {
-      written.push_back(span_of(ema[i]));
-      read.push_back(span_of(params[i]));
-      if (!bias.empty()) {
-        read.push_back(span_of(bias[i]));
+    entry.numel = e.numel();
+    entry.ema = e.address;
+    entry.param = p.address;
+    entry.ema_type = e.type;
+    entry.param_type = p.type;
+    entry.group = a.groups.empty() ? 0 : static_cast<int32_t>(a.groups[i]);
+    if (weights) {
+      Facts b(a.bias[i]);
+      Facts w(a.out[i]);
+      if (!b.matches(e) || !w.matches(e) || w.type != b.type) {
+        return std::nullopt;
+      }
+      entry.bias = b.address;
+      entry.out = w.address;
+      entry.bias_type = b.type;
+    }
+    if (entry.numel > 0) {
+      // No address: a storage that was freed, as sharded training does between uses.
+      if (entry.ema == nullptr || entry.param == nullptr ||
+          (weights && (entry.bias == nullptr || entry.out == nullptr))) {
+        return std::nullopt;
+      }
+      written.push_back(span_of(entry.ema, entry.ema_type, entry.numel));
+      read.push_back(span_of(entry.param, entry.param_type, entry.numel));
+      if (weights) {
+        read.push_back(span_of(entry.bias, entry.bias_type, entry.numel));
       }
     }
   }
-  if (scale) {
-    int64_t entries = scale->numel();
-    if (!is_known(*scale) || scale->dim() > 1 || scale->is_cuda() != first.is_cuda() ||
-        scale->get_device_index() != first.get_device_index() || (groups.empty() && entries != 1) ||
-        std::any_of(groups.begin(), groups.end(), [&](int64_t g) { return g < 0 || g >= entries; })) {
-      return false;
-    }
-  } else if (!groups.empty()) {
+  if (!disjoint(std::move(written), read)) {
+    return std::nullopt;
+  }
+  return entries;
+}
+
+#if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
+bool on_gpu(const Arguments& a) {
+#ifdef MANPP_EMULATION
+  return true; // the GPU that csrc/testing emulates on CPU tensors
+#else
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.ema[0], &type));
+  return type == aoti_torch_device_type_cuda();
+#endif
+}
+#endif
+
+// Whether the update was done; false with nothing written where the arguments are out of the ordinary.
+bool update(Arguments& a) {
+  std::optional<std::vector<Entry>> entries;
+  try {
+    entries = ordinary(a);
+  } catch (const std::exception&) { // a tensor without strides or storage
+  }
+  if (!entries) {
     return false;
   }
-  return disjoint(std::move(written), read);
+#if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
+  if (on_gpu(a)) {
+    cuda::ema_scale_update(
+        a.ema.release(), a.params.release(), a.momentum, a.momentum_tensor, a.scale, a.bias.release(),
+        std::move(a.groups), a.total, a.seed, a.out.release());
+    return true;
+  }
+#endif
+  cpu::EmaLaunch(std::move(*entries)).run(make_scalars(a.momentum, a.momentum_tensor, a.scale, a.total, a.seed));
+  return true;
+}
+
+// As TORCH_BOX would write it, but for the lists of tensors.
+void ema_scale_update_checked(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  Arguments arguments{
+      Handles(stack[0]),
+      Handles(stack[1]),
+      to<double>(stack[2]),
+      to<std::optional<Tensor>>(stack[3]),
+      to<std::optional<Tensor>>(stack[4]),
+      Handles(stack[5]),
+      to<std::vector<int64_t>>(stack[6]),
+      to<double>(stack[7]),
+      to<std::optional<Tensor>>(stack[8]),
+      Handles(stack[9])};
+  stack[0] = torch::stable::detail::from(update(arguments));
 }
 
 } // namespace
 
-// Whether the update was done; false with nothing written where the arguments are out of the ordinary.
-bool ema_scale_update_checked(
-    std::vector<Tensor> ema,
-    std::vector<Tensor> params,
-    double momentum,
-    std::optional<Tensor> momentum_tensor,
-    std::optional<Tensor> scale,
-    std::vector<Tensor> bias,
-    std::vector<int64_t> groups,
-    double total,
-    std::optional<Tensor> seed,
-    std::vector<Tensor> out) {
-  try {
-    if (!ordinary(ema, params, bias, scale, groups)) {
-      return false;
-    }
-  } catch (const std::exception&) { // a tensor without strides or storage
-    return false;
-  }
-#ifdef MANPP_WITH_CUDA
-  if (ema[0].is_cuda()) {
-    cuda::ema_scale_update(
-        std::move(ema), std::move(params), momentum, momentum_tensor, scale, std::move(bias), std::move(groups), total,
-        seed, std::move(out));
-    return true;
-  }
-#endif
-  cpu::ema_scale_update(
-      std::move(ema), std::move(params), momentum, momentum_tensor, scale, std::move(bias), std::move(groups), total, seed,
-      std::move(out));
-  return true;
-}
-
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m) {
-  m.impl("_ema_scale_update_checked", TORCH_BOX(&ema_scale_update_checked));
+  m.impl("_ema_scale_update_checked", &ema_scale_update_checked);
 }
 #ifdef MANPP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m) {
-  m.impl("_ema_scale_update_checked", TORCH_BOX(&ema_scale_update_checked));
+  m.impl("_ema_scale_update_checked", &ema_scale_update_checked);
 }
 #endif
 

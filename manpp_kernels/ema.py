@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import sys
 import weakref
 from collections import defaultdict
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels.ops import _checks
-from manpp_kernels.ops.ema_scale_update import Rounding, ema_scale_update
+from manpp_kernels.ops.ema_scale_update import Rounding, ema_scale_update, update_common_case
 from manpp_kernels.plan import EmaPlan
 
 
@@ -31,9 +30,6 @@ def _local(t: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ ema_multi_avg_fn
 
 
-_PLAIN = {Tensor, nn.Parameter}
-
-
 @torch.no_grad()
 def _average(
     ema: Sequence[Tensor],
@@ -47,9 +43,9 @@ def _average(
     if len(ema) != len(params):
         raise ValueError(f"the averaged list has {len(ema)} tensors and the current one {len(params)}")
     # The tensors are new ones at every call, on the same memory: a plan would save little, and keep a deleted model's
-    # memory. The usual group is told from others by two maps, as a look at each tensor in Python costs more than this.
-    if _PLAIN.issuperset(map(type, itertools.chain(ema, params))) and all(map(Tensor.is_floating_point, ema)):
-        ema_scale_update(ema, params, decay, rounding=rounding)
+    # memory. The usual group is told from others in the course of its update: a look at each tensor in Python would
+    # cost as much again.
+    if rounding == "nearest" and update_common_case(ema, params, decay):
         return
     averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
     for e, p in zip(map(_local, ema), map(_local, params), strict=True):

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../ema_scale_update.h"
 #include "../table.h"
 #include "blocks.h"
 

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "../ema_scale_update.h"
 #include "chunks.cuh"
 
 namespace manpp::cuda {

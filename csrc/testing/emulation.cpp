@@ -263,28 +263,8 @@ Tensor scratch(const Tensor& like, int64_t bytes) {
 
 } // namespace manpp::cuda
 
-namespace manpp::cuda {
-void ema_scale_update(
-    std::vector<Tensor>, std::vector<Tensor>, double, std::optional<Tensor>, std::optional<Tensor>, std::vector<Tensor>,
-    std::vector<int64_t>, double, std::optional<Tensor>, std::vector<Tensor>);
-} // namespace manpp::cuda
-
 // What csrc asks of the CPU's kernels, outside csrc/cpu: here the emulated GPU serves it.
 namespace manpp::cpu {
-
-void ema_scale_update(
-    std::vector<Tensor> ema,
-    std::vector<Tensor> params,
-    double momentum,
-    std::optional<Tensor> momentum_tensor,
-    std::optional<Tensor> scale,
-    std::vector<Tensor> bias,
-    std::vector<int64_t> groups,
-    double total,
-    std::optional<Tensor> seed,
-    std::vector<Tensor> out) {
-  cuda::ema_scale_update(ema, params, momentum, momentum_tensor, scale, bias, groups, total, seed, out);
-}
 
 static std::map<const EmaLaunch*, cuda::EmaLaunch>& launches() {
   static auto* all = new std::map<const EmaLaunch*, cuda::EmaLaunch>();

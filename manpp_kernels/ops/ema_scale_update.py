@@ -277,6 +277,16 @@ def _common_case(
     return False, None
 
 
+def update_common_case(ema: Sequence[Tensor], params: Sequence[Tensor], momentum: float) -> bool:
+    """The update alone, rounding to nearest, where it is the common case; False, nothing written, elsewhere."""
+    if torch.compiler.is_compiling():
+        return False
+    done, _ = _common_case(list(ema), list(params), momentum, None, None, None, 2.0)
+    if done:
+        torch.autograd.graph.increment_version(ema)
+    return done
+
+
 def _finish(
     ema: list[Tensor],
     scale: Tensor | None,
