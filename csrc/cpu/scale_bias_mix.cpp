@@ -1,9 +1,11 @@
 // scale_bias_mix on the CPU, forward and backward: kernels, launch and operator.
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
 
 #include "../mix_tensors.h"
 #include "blocks.h"
+#include "memory.h"
 
 namespace manpp::cpu {
 
@@ -14,55 +16,62 @@ constexpr int64_t kGrain = 32768;
 // Length of the rows that a tensor with one scale for all of it is cut into.
 constexpr int64_t kRow = 4096;
 
-// `Factor` is a scalar for elements of one channel, an array for a channels_last pixel, whose elements are one of each.
-#define MANPP_MIX_KERNELS(A, name, Factor, S, R)                                                         \
-  MANPP_SIMD void mix_##name(const A* a, const A* b, int64_t n, Factor s, Factor r, A* __restrict__ y) { \
+// T is what is stored, A what is computed in. `Factor` is a scalar for elements of one channel, an array for pixels of a
+// channels_last tensor, whose elements are of one channel after the other.
+#define MANPP_MIX_KERNELS(T, A, name, Factor, S, R)                                                      \
+  MANPP_SIMD void mix_##name(const T* a, const T* b, int64_t n, Factor s, Factor r, T* __restrict__ y) { \
     for (int64_t i = 0; i < n; ++i) {                                                                    \
-      y[i] = scale_mix(a[i], b[i], S, R);                                                                \
+      y[i] = static_cast<T>(scale_mix(static_cast<A>(a[i]), static_cast<A>(b[i]), S, R));                \
     }                                                                                                    \
   }                                                                                                      \
-  MANPP_SIMD void scaled_##name(const A* g, int64_t n, Factor s, A* __restrict__ y) {                    \
+  MANPP_SIMD void scaled_##name(const T* g, int64_t n, Factor s, T* __restrict__ y) {                    \
     for (int64_t i = 0; i < n; ++i) {                                                                    \
-      y[i] = S * g[i];                                                                                   \
+      y[i] = static_cast<T>(S * static_cast<A>(g[i]));                                                   \
     }                                                                                                    \
   }
 
-MANPP_MIX_KERNELS(float, row, float, s, r)
-MANPP_MIX_KERNELS(double, row, double, s, r)
-MANPP_MIX_KERNELS(float, pixel, const float*, s[i], r[i])
-MANPP_MIX_KERNELS(double, pixel, const double*, s[i], r[i])
-#undef MANPP_MIX_KERNELS
-
 // Sixteen running sums: a fixed order of addition that still fills vector registers.
-#define MANPP_SHARE_KERNELS(A)                                                                                \
-  MANPP_SIMD void share_row(const A* g, const A* a, const A* b, int64_t n, double* total) {                   \
+#define MANPP_SHARE_KERNELS(T, A)                                                                             \
+  MANPP_SIMD A share_row(const T* g, const T* a, const T* b, int64_t n) {                                     \
     A sums[16] = {};                                                                                          \
     int64_t i = 0;                                                                                            \
     for (; i + 16 <= n; i += 16) {                                                                            \
       for (int k = 0; k < 16; ++k) {                                                                          \
-        sums[k] += scale_grad(g[i + k], a[i + k], b[i + k]);                                                  \
+        sums[k] += scale_grad(static_cast<A>(g[i + k]), static_cast<A>(a[i + k]), static_cast<A>(b[i + k]));  \
       }                                                                                                       \
     }                                                                                                         \
     A sum = 0;                                                                                                \
     for (; i < n; ++i) {                                                                                      \
-      sum += scale_grad(g[i], a[i], b[i]);                                                                    \
+      sum += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));                    \
     }                                                                                                         \
     for (int k = 0; k < 16; ++k) {                                                                            \
       sum += sums[k];                                                                                         \
     }                                                                                                         \
-    *total += sum;                                                                                            \
+    return sum;                                                                                               \
   }                                                                                                           \
-  MANPP_SIMD void share_pixel(const A* g, const A* a, const A* b, int64_t n, double* __restrict__ totals) {   \
+  MANPP_SIMD void share_pixels(const T* g, const T* a, const T* b, int64_t n, A* __restrict__ sums) {         \
     for (int64_t i = 0; i < n; ++i) {                                                                         \
-      totals[i] += scale_grad(g[i], a[i], b[i]);                                                              \
+      sums[i] += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));                \
     }                                                                                                         \
   }
 
-MANPP_SHARE_KERNELS(float)
-MANPP_SHARE_KERNELS(double)
-#undef MANPP_SHARE_KERNELS
+#define MANPP_ALL_KERNELS(T, A)                       \
+  MANPP_MIX_KERNELS(T, A, row, A, s, r)               \
+  MANPP_MIX_KERNELS(T, A, pixels, const A*, s[i], r[i]) \
+  MANPP_SHARE_KERNELS(T, A)
 
-// A tensor as rows of consecutive elements: of one channel each, or, with `pixels`, of one element of every channel.
+MANPP_ALL_KERNELS(float, float)
+MANPP_ALL_KERNELS(double, double)
+MANPP_ALL_KERNELS(BFloat16, float)
+MANPP_ALL_KERNELS(Half, float)
+#undef MANPP_ALL_KERNELS
+#undef MANPP_SHARE_KERNELS
+#undef MANPP_MIX_KERNELS
+
+template <class T>
+using Arithmetic = std::conditional_t<sizeof(T) == 8, double, float>;
+
+// A tensor as rows of consecutive elements: of one channel each, or, with `pixels`, of several whole pixels.
 struct Rows {
   int64_t length;
   int64_t count;
@@ -72,13 +81,14 @@ struct Rows {
 
   Rows(const ChannelLayout& layout, int64_t n) : channels(layout.channels), numel(n) {
     pixels = layout.inner == 1 && channels > 1;
-    length = std::max<int64_t>(1, pixels ? channels : channels == 1 ? kRow : layout.inner);
+    int64_t whole_pixels = channels * std::max<int64_t>(1, kBlock / std::max<int64_t>(1, channels));
+    length = std::max<int64_t>(1, pixels ? whole_pixels : channels == 1 ? kRow : layout.inner);
     count = (numel + length - 1) / length;
   }
   int64_t grain() const {
     return std::max<int64_t>(1, kGrain / length);
   }
-  // Calls body(first element, elements, first channel) for pieces of the row that fit a block.
+  // Calls body(first element, elements, which factor) for pieces of the row that fit a block.
   template <class Body>
   void pieces(int64_t row, const Body& body) const {
     int64_t stop = std::min(numel, (row + 1) * length);
@@ -88,41 +98,63 @@ struct Rows {
   }
 };
 
-// The two factors of every channel.
+// The two factors of every channel; with pixels, of every element of a row.
 template <class A>
 struct Scales {
   std::vector<A> scale;
   std::vector<A> rest;
 
-  Scales(const Tensor& tensor, double total) : scale(tensor.numel()), rest(tensor.numel()) {
-    for (size_t c = 0; c < scale.size(); ++c) {
-      scale[c] = read_scalar<A>(tensor.data_ptr(), dtype_of(tensor), static_cast<int64_t>(c));
-      rest[c] = static_cast<A>(total) - scale[c];
+  Scales(const Tensor& tensor, double total, const Rows& rows)
+      : scale(rows.pixels ? rows.length : tensor.numel()), rest(scale.size()) {
+    for (size_t i = 0; i < scale.size(); ++i) {
+      scale[i] = read_scalar<A>(tensor.data_ptr(), dtype_of(tensor), static_cast<int64_t>(i) % tensor.numel());
+      rest[i] = static_cast<A>(total) - scale[i];
     }
   }
 };
 
-template <class A>
-void mix_rows(const Rows& rows, DType type, const void* a, const void* b, void* out, const Scales<A>& f) {
+// A result: written where it belongs or, where it is too large for the caches, past them by way of a buffer.
+template <class T>
+struct Output {
+  T* data;
+  bool stream;
+
+  Output(void* p, int64_t n) : data(static_cast<T*>(p)), stream(n * int64_t{sizeof(T)} > kStreamBytes) {
+    if (data != nullptr) {
+      expect_writes(data, n * sizeof(T));
+    }
+  }
+  // Calls write(where to) for n elements from i on.
+  template <class Write>
+  void put(int64_t i, int64_t n, const Write& write) const {
+    if (!stream) {
+      write(data + i);
+      return;
+    }
+    alignas(64) T buffer[kBlock];
+    write(buffer);
+    stream_bytes(buffer, n * sizeof(T), data + i);
+  }
+};
+
+template <class T>
+void mix_rows(const Rows& rows, const void* lb, const void* ema, void* result, const Scales<Arithmetic<T>>& f) {
+  const T* a = static_cast<const T*>(lb);
+  const T* b = static_cast<const T*>(ema);
+  Output<T> out(result, rows.numel);
   torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
-    alignas(64) A a_buffer[kBlock];
-    alignas(64) A b_buffer[kBlock];
-    alignas(64) A mixed[kBlock];
     for (int64_t row = begin; row < end; ++row) {
       rows.pieces(row, [&](int64_t i, int64_t n, int64_t c) {
-        const A* x = readable(type, at(a, type, i), n, a_buffer);
-        const A* y = readable(type, at(b, type, i), n, b_buffer);
-        A* z = type == dtype_for<A>() ? static_cast<A*>(out) + i : mixed;
-        if (rows.pixels) {
-          mix_pixel(x, y, n, f.scale.data() + c, f.rest.data() + c, z);
-        } else {
-          mix_row(x, y, n, f.scale[c], f.rest[c], z);
-        }
-        if (z == mixed) {
-          store_block(type, mixed, n, at(out, type, i));
-        }
+        out.put(i, n, [&](T* y) {
+          if (rows.pixels) {
+            mix_pixels(a + i, b + i, n, f.scale.data() + c, f.rest.data() + c, y);
+          } else {
+            mix_row(a + i, b + i, n, f.scale[c], f.rest[c], y);
+          }
+        });
       });
     }
+    stream_fence();
   });
 }
 
@@ -134,59 +166,68 @@ struct Gradients {
   void* grad_b;
 };
 
-template <class A>
-void scaled_out(const Rows& rows, DType type, const A* g, int64_t i, int64_t n, const A* s, A* buffer, void* out) {
-  A* y = type == dtype_for<A>() ? static_cast<A*>(out) + i : buffer;
-  if (rows.pixels) {
-    scaled_pixel(g, n, s, y);
-  } else {
-    scaled_row(g, n, *s, y);
-  }
-  if (y == buffer) {
-    store_block(type, buffer, n, at(out, type, i));
-  }
-}
-
 // Sums per channel: a slot per stretch of rows, added up in order afterwards, so that the bits do not depend on the
 // number of threads.
-template <class A>
-std::vector<double> backward_rows(const Rows& rows, DType type, const Gradients& t, const Scales<A>& f) {
-  // A row of one channel has a slot of its own; pixels share one, a vector of all channels, per `stretch` of them.
+template <class T>
+std::vector<double> backward_rows(const Rows& rows, const Gradients& t, const Scales<Arithmetic<T>>& f) {
+  using A = Arithmetic<T>;
+  const T* g = static_cast<const T*>(t.grad);
+  const T* a = static_cast<const T*>(t.a);
+  const T* b = static_cast<const T*>(t.b);
+  const std::pair<Output<T>, const std::vector<A>*> outs[] = {
+      {Output<T>(t.grad_a, rows.numel), &f.scale}, {Output<T>(t.grad_b, rows.numel), &f.rest}};
+  // A row of one channel has a slot of its own; pixels share one, a vector of all channels, per `stretch` of rows.
   int64_t stretch = rows.pixels ? rows.grain() : 1;
   int64_t slots = (rows.count + stretch - 1) / stretch;
   int64_t width = rows.pixels ? rows.channels : 1;
-  std::vector<double> shares(t.a == nullptr ? 0 : static_cast<size_t>(slots * width));
+  std::vector<double> shares(a == nullptr ? 0 : static_cast<size_t>(slots * width));
   torch::stable::parallel_for(0, slots, std::max<int64_t>(1, rows.grain() / stretch), [&](int64_t begin, int64_t end) {
-    alignas(64) A g_buffer[kBlock];
-    alignas(64) A a_buffer[kBlock];
-    alignas(64) A b_buffer[kBlock];
-    for (int64_t row = begin * stretch; row < std::min(rows.count, end * stretch); ++row) {
-      rows.pieces(row, [&](int64_t i, int64_t n, int64_t c) {
-        const A* g = readable(type, at(t.grad, type, i), n, g_buffer);
-        if (t.a != nullptr) {
-          const A* a = readable(type, at(t.a, type, i), n, a_buffer);
-          const A* b = readable(type, at(t.b, type, i), n, b_buffer);
-          double* slot = shares.data() + (row / stretch) * width;
-          if (rows.pixels) {
-            share_pixel(g, a, b, n, slot + c);
-          } else {
-            share_row(g, a, b, n, slot);
+    std::vector<A> sums(a != nullptr && rows.pixels ? static_cast<size_t>(rows.length) : 0);
+    for (int64_t slot = begin; slot < end; ++slot) {
+      double* share = shares.data() + slot * width;
+      for (int64_t row = slot * stretch; row < std::min(rows.count, (slot + 1) * stretch); ++row) {
+        rows.pieces(row, [&](int64_t i, int64_t n, int64_t c) {
+          if (a != nullptr && rows.pixels) {
+            share_pixels(g + i, a + i, b + i, n, sums.data() + c);
+          } else if (a != nullptr) {
+            *share += share_row(g + i, a + i, b + i, n);
           }
-        }
-        if (t.grad_a != nullptr) {
-          scaled_out(rows, type, g, i, n, f.scale.data() + c, a_buffer, t.grad_a);
-        }
-        if (t.grad_b != nullptr) {
-          scaled_out(rows, type, g, i, n, f.rest.data() + c, b_buffer, t.grad_b);
-        }
-      });
+          for (const auto& [out, factors] : outs) {
+            if (out.data != nullptr) {
+              out.put(i, n, [&, from = factors->data() + c](T* y) {
+                rows.pixels ? scaled_pixels(g + i, n, from, y) : scaled_row(g + i, n, *from, y);
+              });
+            }
+          }
+        });
+      }
+      for (size_t i = 0; i < sums.size(); ++i) {
+        share[static_cast<int64_t>(i) % width] += sums[i];
+        sums[i] = 0;
+      }
     }
+    stream_fence();
   });
-  std::vector<double> sums(t.a == nullptr ? 0 : static_cast<size_t>(rows.channels));
+  std::vector<double> sums(a == nullptr ? 0 : static_cast<size_t>(rows.channels));
   for (size_t i = 0; i < shares.size(); ++i) {
     sums[i % sums.size()] += shares[i];
   }
   return sums;
+}
+
+// Calls body with a value of the type that a tensor's elements are of.
+template <class Body>
+auto with_type(DType type, const Body& body) {
+  switch (type) {
+    case DType::f64:
+      return body(double{});
+    case DType::f32:
+      return body(float{});
+    case DType::bf16:
+      return body(BFloat16{});
+    default:
+      return body(Half{});
+  }
 }
 
 } // namespace
@@ -196,12 +237,11 @@ Tensor scale_bias_mix(Tensor lb_out, Tensor ema_out, Tensor scale, double total)
   Tensor out = torch::stable::empty_like(lb_out);
   Tensor result = same_layout(out, in.a) ? out : empty_with_layout(out, in.a);
   Rows rows(in.layout, in.a.numel());
-  DType type = dtype_of(in.a);
-  if (type == DType::f64) {
-    mix_rows(rows, type, in.a.data_ptr(), in.b.data_ptr(), result.data_ptr(), Scales<double>(scale, total));
-  } else {
-    mix_rows(rows, type, in.a.data_ptr(), in.b.data_ptr(), result.data_ptr(), Scales<float>(scale, total));
-  }
+  with_type(dtype_of(in.a), [&](auto element) {
+    using T = decltype(element);
+    Scales<Arithmetic<T>> scales(scale, total, rows);
+    mix_rows<T>(rows, in.a.data_ptr(), in.b.data_ptr(), result.data_ptr(), scales);
+  });
   if (result.get() != out.get()) {
     torch::stable::copy_(out, result);
   }
@@ -230,10 +270,10 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_mix_backward(
       need_lb ? t.grad_a.data_ptr() : nullptr,
       need_ema ? t.grad_b.data_ptr() : nullptr};
   Rows rows(t.layout, t.grad.numel());
-  DType type = dtype_of(t.grad);
-  std::vector<double> sums = type == DType::f64
-      ? backward_rows(rows, type, pointers, Scales<double>(scale, total))
-      : backward_rows(rows, type, pointers, Scales<float>(scale, total));
+  std::vector<double> sums = with_type(dtype_of(t.grad), [&](auto element) {
+    using T = decltype(element);
+    return backward_rows<T>(rows, pointers, Scales<Arithmetic<T>>(scale, total, rows));
+  });
   if (t.need_scale) {
     store_block(dtype_of(scale), sums.data(), static_cast<int64_t>(sums.size()), t.grad_scale.data_ptr());
   }

@@ -1,0 +1,55 @@
+#include "memory.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace manpp {
+
+void stream_bytes(const void* x, int64_t bytes, void* y) {
+  const char* from = static_cast<const char*>(x);
+  char* to = static_cast<char*>(y);
+#if defined(__SSE2__)
+  int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 15);
+  std::memcpy(to, from, head);
+  int64_t i = head;
+  for (; i + 16 <= bytes; i += 16) {
+    _mm_stream_si128(
+        reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  }
+  std::memcpy(to + i, from + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+void expect_writes(void* p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{2} << 20;
+  uintptr_t start = reinterpret_cast<uintptr_t>(p);
+  uintptr_t begin = (start + page - 1) / page * page;
+  uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin >= end) {
+    return;
+  }
+  // Memory that was written before is left as it is: one small page of the first and of the last large one tell.
+  for (uintptr_t probe : {begin, end - page}) {
+    unsigned char mapped = 1;
+    if (mincore(reinterpret_cast<void*>(probe), 1, &mapped) != 0 || (mapped & 1) != 0) {
+      return;
+    }
+  }
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE); // advice: where it is refused, nothing is lost
+#else
+  (void)p;
+  (void)bytes;
+#endif
+}
+
+} // namespace manpp

@@ -1,0 +1,18 @@
+// How results too large for the caches, or in memory that is new, get written.
+#pragma once
+
+#include <cstdint>
+
+namespace manpp {
+
+// Copies with 16-byte stores that go past the caches, as stream_block does, whatever the type and the alignment. Follow
+// the last with stream_fence().
+void stream_bytes(const void* x, int64_t bytes, void* y);
+
+// To be called for a result that is about to be written whole. Memory fresh from the system is mapped at the first touch,
+// a page of 4 KB at a time, which takes several times as long as writing it; so where it is fresh and large, the system
+// is asked for its large pages (2 MB), as NumPy does for its arrays. Only pages that lie within the result are asked for,
+// so it takes no more memory. Nothing is done where that is not to be had.
+void expect_writes(void* p, int64_t bytes);
+
+} // namespace manpp
