@@ -1,36 +1,138 @@
 // detach_copy on the CPU: cast and change of memory format in one pass.
 #include <algorithm>
+#include <cstring>
 
 #include "../table.h"
 #include "blocks.h"
+#include "memory.h"
 
 namespace manpp::cpu {
 
 namespace {
 
 constexpr int64_t kGrain = 32768; // elements below which a second thread is not worth waking
-constexpr int64_t kTile = 32; // a float tile of 32 x 32 is 4 KB: source and target lie in the first-level cache
+// A tile is read and written four cache lines of float at a time, and a float tile of 16 KB leaves half of a first-level
+// cache to the lines that are read.
+constexpr int64_t kTile = 64;
 
-// [rows][columns] -> [columns][rows], a tile at a time, converting on the way. Elements are read along the rows and
-// written along the columns; in between they cross in a buffer of the arithmetic type.
-void transpose_tile(
-    DType from, DType to, const void* x, void* y, int64_t rows, int64_t columns, int64_t row, int64_t column) {
-  int64_t height = std::min(kTile, rows - row);
-  int64_t width = std::min(kTile, columns - column);
-  alignas(64) float read[kTile];
-  alignas(64) float crossed[kTile][kTile];
-  for (int64_t i = 0; i < height; ++i) {
-    const float* line = readable(from, at(x, from, (row + i) * columns + column), width, read);
-    for (int64_t j = 0; j < width; ++j) {
-      crossed[j][i] = line[j];
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MANPP_SHUFFLE __builtin_shufflevector
+#endif
+#endif
+
+// One transposition of rows x columns elements that are `stride` apart from row to row, to `kTile` apart. Whole squares
+// of 16-byte vectors cross in registers, where the compiler has vectors; bits move, so that only their size counts.
+template <class Bits>
+void transpose_scalar(
+    const Bits* x, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t columns, Bits* __restrict__ y) {
+  for (int64_t i = row; i < rows; ++i) {
+    for (int64_t j = column; j < columns; ++j) {
+      y[j * kTile + i] = x[i * stride + j];
     }
-  }
-  for (int64_t j = 0; j < width; ++j) {
-    store_block(to, crossed[j], height, at(y, to, (column + j) * rows + row));
   }
 }
 
-void transpose(DType from, DType to, const void* x, void* y, int64_t batch, int64_t rows, int64_t columns) {
+template <class Bits>
+void transpose_bits(const Bits* x, int64_t stride, int64_t rows, int64_t columns, Bits* __restrict__ y) {
+  constexpr int64_t side = 16 / sizeof(Bits);
+#ifdef MANPP_SHUFFLE
+  typedef Bits Vector __attribute__((vector_size(16)));
+  int64_t whole_rows = rows / side * side;
+  int64_t whole_columns = columns / side * side;
+  for (int64_t i = 0; i < whole_rows; i += side) {
+    for (int64_t j = 0; j < whole_columns; j += side) {
+      Vector v[side];
+      Vector w[side];
+      for (int64_t k = 0; k < side; ++k) {
+        std::memcpy(&v[k], x + (i + k) * stride + j, sizeof(Vector));
+      }
+      // Interleaving row k with row k + side / 2 turns the number of an element, (row, column), by one bit to the left:
+      // after as many rounds as a row number has bits, row and column have changed places.
+      for (int64_t round = 1; round < side; round *= 2) {
+        for (int64_t k = 0; k < side / 2; ++k) {
+          if constexpr (side == 4) {
+            w[2 * k] = MANPP_SHUFFLE(v[k], v[k + 2], 0, 4, 1, 5);
+            w[2 * k + 1] = MANPP_SHUFFLE(v[k], v[k + 2], 2, 6, 3, 7);
+          } else {
+            w[2 * k] = MANPP_SHUFFLE(v[k], v[k + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            w[2 * k + 1] = MANPP_SHUFFLE(v[k], v[k + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+          }
+        }
+        std::copy(w, w + side, v);
+      }
+      for (int64_t k = 0; k < side; ++k) {
+        std::memcpy(y + (j + k) * kTile + i, &v[k], sizeof(Vector));
+      }
+    }
+  }
+  transpose_scalar(x, stride, 0, whole_rows, whole_columns, columns, y);
+  transpose_scalar(x, stride, whole_rows, rows, 0, columns, y);
+#else
+  transpose_scalar(x, stride, 0, rows, 0, columns, y);
+#endif
+}
+
+void write_line(const void* x, int64_t bytes, void* y, bool stream) {
+  if (stream) {
+    stream_bytes(x, bytes, y);
+  } else {
+    std::memcpy(y, x, static_cast<size_t>(bytes));
+  }
+}
+
+// n elements of one type as another; `buffer` is for those that are float neither before nor after.
+void convert_line(DType from, DType to, const void* x, int64_t n, void* y, float* buffer) {
+  if (to == DType::f32) {
+    load_block(from, x, n, static_cast<float*>(y));
+  } else {
+    store_block(to, readable(from, x, n, buffer), n, y);
+  }
+}
+
+struct Copy {
+  DType from;
+  DType to;
+  const void* x;
+  void* y;
+  bool stream; // past the caches
+};
+
+// One tile of [rows][columns] -> [columns][rows]. Elements cross in the narrower of the two types, and go by way of a
+// buffer: rows that lie a power of two apart share the places in a cache, and would drive one another out of it.
+void transpose_tile(const Copy& c, const void* x, void* y, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  int64_t height = std::min(kTile, rows - row);
+  int64_t width = std::min(kTile, columns - column);
+  alignas(64) float crossed[kTile * kTile];
+  alignas(64) uint16_t narrow[kTile * kTile];
+  alignas(64) float line[kTile];
+  x = at(x, c.from, row * columns + column);
+  int64_t stride = columns;
+  DType crossing = c.from;
+  if (c.from != c.to && c.to != DType::f32) {
+    for (int64_t i = 0; i < height; ++i) {
+      convert_line(c.from, c.to, at(x, c.from, i * columns), width, narrow + i * kTile, line);
+    }
+    x = narrow;
+    stride = kTile;
+    crossing = c.to;
+  }
+  if (crossing == DType::f32) {
+    transpose_bits(static_cast<const uint32_t*>(x), stride, height, width, reinterpret_cast<uint32_t*>(crossed));
+  } else {
+    transpose_bits(static_cast<const uint16_t*>(x), stride, height, width, reinterpret_cast<uint16_t*>(crossed));
+  }
+  for (int64_t j = 0; j < width; ++j) {
+    const void* from = at(crossed, crossing, j * kTile);
+    if (crossing != c.to) {
+      load_block(crossing, from, height, line);
+      from = line;
+    }
+    write_line(from, height * element_size(c.to), at(y, c.to, (column + j) * rows + row), c.stream);
+  }
+}
+
+void transpose(const Copy& c, int64_t batch, int64_t rows, int64_t columns) {
   int64_t down = (rows + kTile - 1) / kTile;
   int64_t across = (columns + kTile - 1) / kTile;
   int64_t per_image = down * across;
@@ -38,45 +140,48 @@ void transpose(DType from, DType to, const void* x, void* y, int64_t batch, int6
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t image = tile / per_image * rows * columns;
       int64_t within = tile % per_image;
-      transpose_tile(
-          from,
-          to,
-          at(x, from, image),
-          at(y, to, image),
-          rows,
-          columns,
-          within / across * kTile,
-          within % across * kTile);
+      int64_t row = within / across * kTile;
+      int64_t column = within % across * kTile;
+      transpose_tile(c, at(c.x, c.from, image), at(c.y, c.to, image), rows, columns, row, column);
     }
+    stream_fence();
   });
 }
 
-void cast(DType from, DType to, const void* x, void* y, int64_t n) {
+void cast(const Copy& c, int64_t n) {
   torch::stable::parallel_for(0, (n + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t begin, int64_t end) {
+    alignas(64) float converted[kBlock];
     alignas(64) float buffer[kBlock];
     for (int64_t i = begin * kBlock; i < std::min(n, end * kBlock); i += kBlock) {
       int64_t length = std::min(kBlock, n - i);
-      const float* line = readable(from, at(x, from, i), length, buffer);
-      store_block(to, line, length, at(y, to, i));
+      void* y = at(c.y, c.to, i);
+      convert_line(c.from, c.to, at(c.x, c.from, i), length, c.stream ? converted : y, buffer);
+      if (c.stream) {
+        stream_bytes(converted, length * element_size(c.to), y);
+      }
     }
+    stream_fence();
   });
 }
 
 } // namespace
 
 void detach_copy(Tensor x, Tensor out) {
+  if (is_dense(out)) {
+    expect_writes(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+  }
   CopyKind kind = classify_copy(x, out);
   if (kind.how == CopyKind::Other) {
     torch::stable::copy_(out, x);
     return;
   }
-  DType from = dtype_of(x);
-  DType to = dtype_of(out);
+  Copy c{dtype_of(x), dtype_of(out), x.data_ptr(), out.data_ptr(), false};
+  c.stream = out.numel() * element_size(c.to) > kStreamBytes;
   if (kind.how == CopyKind::Cast) {
-    cast(from, to, x.data_ptr(), out.data_ptr(), x.numel());
+    cast(c, x.numel());
   } else {
     const Transposition& t = kind.transposition;
-    transpose(from, to, x.data_ptr(), out.data_ptr(), t.batch, t.rows, t.columns);
+    transpose(c, t.batch, t.rows, t.columns);
   }
 }
 

@@ -119,7 +119,9 @@ struct Output {
   T* data;
   bool stream;
 
-  Output(void* p, int64_t n) : data(static_cast<T*>(p)), stream(n * int64_t{sizeof(T)} > kStreamBytes) {
+  // For n elements, one of `results` such outputs of the launch.
+  Output(void* p, int64_t n, int results)
+      : data(static_cast<T*>(p)), stream(results * n * int64_t{sizeof(T)} > kStreamBytes) {
     if (data != nullptr) {
       expect_writes(data, n * sizeof(T));
     }
@@ -141,7 +143,7 @@ template <class T>
 void mix_rows(const Rows& rows, const void* lb, const void* ema, void* result, const Scales<Arithmetic<T>>& f) {
   const T* a = static_cast<const T*>(lb);
   const T* b = static_cast<const T*>(ema);
-  Output<T> out(result, rows.numel);
+  Output<T> out(result, rows.numel, 1);
   torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       rows.pieces(row, [&](int64_t i, int64_t n, int64_t c) {
@@ -174,8 +176,9 @@ std::vector<double> backward_rows(const Rows& rows, const Gradients& t, const Sc
   const T* g = static_cast<const T*>(t.grad);
   const T* a = static_cast<const T*>(t.a);
   const T* b = static_cast<const T*>(t.b);
+  int results = (t.grad_a != nullptr) + (t.grad_b != nullptr);
   const std::pair<Output<T>, const std::vector<A>*> outs[] = {
-      {Output<T>(t.grad_a, rows.numel), &f.scale}, {Output<T>(t.grad_b, rows.numel), &f.rest}};
+      {Output<T>(t.grad_a, rows.numel, results), &f.scale}, {Output<T>(t.grad_b, rows.numel, results), &f.rest}};
   // A row of one channel has a slot of its own; pixels share one, a vector of all channels, per `stretch` of rows.
   int64_t stretch = rows.pixels ? rows.grain() : 1;
   int64_t slots = (rows.count + stretch - 1) / stretch;
