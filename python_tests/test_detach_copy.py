@@ -63,6 +63,33 @@ def test_memory_formats(target: Target, dtype: torch.dtype, shape: tuple[int, ..
         assert same(y, x.to(dtype))
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 31, 33), (2, 129, 1, 9), (1, 257, 16, 17), (2, 70, 8, 9), (1, 7, 9, 3)])
+def test_transpositions_of_every_pair_of_dtypes_and_alignment(target: Target, shape: tuple[int, ...]) -> None:
+    """Whole tiles, tails of both kinds, and targets that start in the middle of a vector."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for source, result, offset in itertools.product(dtypes, dtypes, (0, 1, 3)):
+        x = torch.randn(shape, device=target.device).to(source)
+        for start, end in itertools.product(formats, formats):
+            memory = torch.full((x.numel() + offset + 5,), 7.0, dtype=result, device=target.device)
+            stride = torch.empty(shape, device="meta").contiguous(memory_format=end).stride()
+            out = memory.as_strided(shape, stride, offset)
+            detach_copy(x.contiguous(memory_format=start), out)
+            assert same(out, x.to(result)), (source, result, start, end, offset)
+            assert count(memory[:offset], 7.0) == offset
+            assert count(memory[offset + x.numel() :], 7.0) == 5
+
+
+@pytest.mark.parametrize("result", [torch.float32, torch.bfloat16], ids=str)
+def test_results_larger_than_the_caches(result: torch.dtype) -> None:
+    """Streamed past the caches, into fresh memory and to an odd address."""
+    x = torch.randn(3, 65, 239, 241).to(torch.bfloat16)
+    for end in (torch.contiguous_format, torch.channels_last):
+        assert same(detach_copy(x, dtype=result, memory_format=end), x.to(result))
+    out = torch.empty(x.numel() + 1, dtype=result)[1:].view(x.shape)
+    assert same(detach_copy(x, out), x.to(result))
+
+
 def test_the_layout_is_kept_by_default(target: Target) -> None:
     for layout in ("contiguous", "channels_last", "transposed"):
         x = Sample((2, 3, 4, 5), torch.float32, layout, device=target.device).view

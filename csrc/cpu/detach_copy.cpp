@@ -21,6 +21,12 @@ constexpr int64_t kTile = 64;
 #endif
 #endif
 
+#if defined(__GNUC__)
+#define MANPP_PREFETCH(p) __builtin_prefetch(p)
+#else
+#define MANPP_PREFETCH(p) (void)(p)
+#endif
+
 // One transposition of rows x columns elements that are `stride` apart from row to row, to `kTile` apart. Whole squares
 // of 16-byte vectors cross in registers, where the compiler has vectors; bits move, so that only their size counts.
 template <class Bits>
@@ -133,16 +139,32 @@ void transpose_tile(const Copy& c, const void* x, void* y, int64_t rows, int64_t
 }
 
 void transpose(const Copy& c, int64_t batch, int64_t rows, int64_t columns) {
+  struct Place {
+    int64_t image; // its first element
+    int64_t row;
+    int64_t column;
+  };
   int64_t down = (rows + kTile - 1) / kTile;
   int64_t across = (columns + kTile - 1) / kTile;
-  int64_t per_image = down * across;
-  torch::stable::parallel_for(0, batch * per_image, kGrain / (kTile * kTile), [&](int64_t begin, int64_t end) {
+  auto place_of = [=](int64_t tile) {
+    int64_t within = tile % (down * across);
+    return Place{tile / (down * across) * rows * columns, within / across * kTile, within % across * kTile};
+  };
+  torch::stable::parallel_for(0, batch * down * across, kGrain / (kTile * kTile), [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
-      int64_t image = tile / per_image * rows * columns;
-      int64_t within = tile % per_image;
-      int64_t row = within / across * kTile;
-      int64_t column = within % across * kTile;
-      transpose_tile(c, at(c.x, c.from, image), at(c.y, c.to, image), rows, columns, row, column);
+      if (tile + 1 < end) {
+        // The lines of the next tile: short runs far apart, which the processor does not foresee.
+        Place next = place_of(tile + 1);
+        int64_t bytes = std::min(kTile, columns - next.column) * element_size(c.from);
+        for (int64_t i = next.row; i < std::min(rows, next.row + kTile); ++i) {
+          const char* line = static_cast<const char*>(at(c.x, c.from, next.image + i * columns + next.column));
+          for (int64_t offset = 0; offset < bytes; offset += 64) {
+            MANPP_PREFETCH(line + offset);
+          }
+        }
+      }
+      Place p = place_of(tile);
+      transpose_tile(c, at(c.x, c.from, p.image), at(c.y, c.to, p.image), rows, columns, p.row, p.column);
     }
     stream_fence();
   });
