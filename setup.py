@@ -7,6 +7,7 @@ which architectures. MANPP_NATIVE=off builds a package without compiled code, wh
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,12 @@ def no_compiler() -> str:
     if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
         return "no C++ compiler was found (install g++ or clang++, or set CXX)"
     return ""
+
+
+def first_error(output: str) -> str:
+    """The text of CMake's first error, which CMakeLists.txt writes as a sentence that says what to do."""
+    found = re.search(r"^CMake Error at .*:\n((?:  .*\n)+)", output, re.MULTILINE)
+    return " ".join(found[1].split()) if found else "the first error above says why"
 
 
 class CMakeBuild(build_ext):
@@ -55,12 +62,14 @@ class CMakeBuild(build_ext):
             f"-DMANPP_OUTPUT_DIR={target.resolve()}",
             f"-DMANPP_CUDA={os.environ.get('MANPP_CUDA', 'auto')}",
         ]
-        try:
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(build)], check=True)
-        except FileNotFoundError as error:
-            sys.exit(f"error: {error.filename} was not found: pip install cmake ninja")
-        except subprocess.CalledProcessError:
+        for names in (("cmake",), ("ninja", "ninja-build", "samu")):
+            if not any(map(shutil.which, names)):
+                sys.exit(f"error: {names[0]} was not found: pip install cmake ninja")
+        configured = subprocess.run(configure, stderr=subprocess.PIPE, text=True)
+        sys.stderr.write(configured.stderr)
+        if configured.returncode:
+            sys.exit(f"error: the native build cannot be configured: {first_error(configured.stderr)}")
+        if subprocess.run(["cmake", "--build", str(build)]).returncode:
             sys.exit("error: the native build failed; the first error above says why")
 
     def get_outputs(self) -> list[str]:
