@@ -37,6 +37,13 @@ def test_the_compiled_library_loads_where_it_was_built() -> None:
     assert built == backends.CPU_COMPILED, backends.LOAD_ERROR
 
 
+def test_a_library_that_was_not_built_is_told_from_one_that_does_not_load() -> None:
+    hide = (
+        "import sys; sys.modules['manpp_kernels._C'] = None; import manpp_kernels; print(manpp_kernels.why_not('cpu'))"
+    )
+    assert run_python(hide).stdout.startswith("the compiled library was not built; reinstall manpp-kernels")
+
+
 @pytest.mark.parametrize("backend", MISSING)
 def test_why_not_names_the_cause_and_use_backend_repeats_it(backend: str) -> None:
     reason = manpp_kernels.why_not(backend)

@@ -13,6 +13,7 @@ backend     runs on                                        what it is
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -27,10 +28,12 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 def _load_compiled() -> tuple[bool, bool, str]:
     """Load the compiled operators; returns (has CPU, has CUDA, why not)."""
     try:
-        from manpp_kernels import _C
+        compiled = importlib.import_module("manpp_kernels._C")
+    except ModuleNotFoundError:
+        return False, False, "was not built"
     except ImportError as error:
-        return False, False, str(error)
-    return True, bool(_C.cuda_architectures()), ""
+        return False, False, f"did not load ({error})"
+    return True, bool(compiled.cuda_architectures()), ""
 
 
 CPU_COMPILED, CUDA_COMPILED, LOAD_ERROR = _load_compiled()
@@ -70,9 +73,7 @@ def _why_not_triton() -> str:
 
 def _why_not_cpu() -> str:
     if not CPU_COMPILED:
-        return (
-            f"the compiled library did not load ({LOAD_ERROR}); reinstall manpp-kernels where a C++ compiler is found"
-        )
+        return f"the compiled library {LOAD_ERROR}; reinstall manpp-kernels where a C++ compiler is found"
     return ""
 
 
