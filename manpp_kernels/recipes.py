@@ -8,10 +8,14 @@ are MAN and MAN++ with InfoPro as their host. What the table says:
   crops of 4 pixels and flips; SVHN crops of 2 and no flip. The other rules have the same settings, so that they can be
   compared.
 - ImageNet (MAN++ with InfoPro as its host): learning rate 0.4 at batch 1024, 90 epochs, explicit boundaries.
+- Vision transformers on ImageNet (MAN++): four blocks of three transformer blocks, two units in an auxiliary network,
+  AdamW with learning rate 1e-3 at batch 1024, 90 epochs of a cosine schedule. The networks are timm's. The weight
+  decay is AdamW's own in PyTorch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,12 +31,12 @@ class Recipe:
     Attributes:
         name: as in ``recipe(name)``.
         rule: of local learning.
-        model: the network, by its name in ``manpp_kernels.models`` or torchvision.
+        model: the network, as ``manpp train --model`` names it.
         blocks: K, or the last unit of each block but the last.
         data: the images, as ``manpp train --data`` names them; None for ImageNet, whose folder the user gives.
         rule_options: those that differ from the rule's defaults.
-        learning_rate, batch_size, weight_decay, epochs: of SGD with Nesterov momentum.
-        sgd_momentum: of SGD.
+        learning_rate, batch_size, weight_decay, epochs: of the optimizer.
+        sgd_momentum: of SGD, with Nesterov momentum; None where the optimizer is AdamW.
         schedule: of the learning rate, over all epochs.
         image_size: height and width of the images in pixels.
         crop: pixels that images are shifted by at most, on a reflected border; None for ImageNet's resized crops.
@@ -49,18 +53,22 @@ class Recipe:
     batch_size: int = 1024
     weight_decay: float = 1e-4
     epochs: int = 400
-    sgd_momentum: float = 0.9
+    sgd_momentum: float | None = 0.9
     schedule: str = "cosine"
     image_size: int = 32
     crop: int | None = 4
     flip: bool = True
 
     def trainer_config(self) -> TrainerConfig:
-        """What :class:`manpp_kernels.trainer.LocalTrainer` takes; model, data and schedule are the caller's."""
-        return TrainerConfig(
-            rule=self.rule,
-            rule_options=dict(self.rule_options),
-            blocks=self.blocks,
+        """What :class:`manpp_kernels.trainer.LocalTrainer` takes; model, data and schedule are the caller's.
+
+        So is an optimizer that is not SGD: the trainer makes no other by itself.
+        """
+        config = TrainerConfig(rule=self.rule, rule_options=dict(self.rule_options), blocks=self.blocks)
+        if self.sgd_momentum is None:
+            return config
+        return dataclasses.replace(
+            config,
             learning_rate=self.learning_rate,
             sgd_momentum=self.sgd_momentum,
             weight_decay=self.weight_decay,
@@ -76,8 +84,7 @@ class Recipe:
             "model": self.model,
             "epochs": self.epochs,
             "batch_size": self.batch_size,
-            "optimizer": "sgd",
-            "optimizer_arg": {"momentum": self.sgd_momentum, "nesterov": True},
+            **self._optimizer(),
             "lr": self.learning_rate,
             "weight_decay": self.weight_decay,
             "schedule": self.schedule,
@@ -86,6 +93,11 @@ class Recipe:
             **self.rule_options,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+    def _optimizer(self) -> dict[str, Any]:
+        if self.sgd_momentum is None:
+            return {"optimizer": "adamw"}
+        return {"optimizer": "sgd", "optimizer_arg": {"momentum": self.sgd_momentum, "nesterov": True}}
 
 
 # Each rule's name in a recipe: the rule, and its options where they are not its defaults.
@@ -123,6 +135,8 @@ _IMAGENET: dict[str, Any] = {
     "crop": None,
 }
 _IMAGENET_INFOPRO = {"decoder_weight": 5.0, "classifier_weight": 0.75}
+_VISION_TRANSFORMERS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
+_ADAMW: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 1e-2, "sgd_momentum": None}
 
 
 def _small() -> Iterator[Recipe]:
@@ -148,7 +162,17 @@ def _imagenet() -> Iterator[Recipe]:
                 )
 
 
-RECIPES: dict[str, Recipe] = {r.name: r for r in (*_small(), *_imagenet())}
+def _transformers() -> Iterator[Recipe]:
+    for model in _VISION_TRANSFORMERS:
+        shared = {**_IMAGENET, **_ADAMW}
+        yield Recipe(f"e2e/imagenet/{model}", "e2e", f"timm/{model}", 1, **shared)
+        # K = 4 makes blocks of three transformer blocks each, the first of them with the embedding.
+        yield Recipe(
+            f"man++/imagenet/{model}-k4", "man++", f"timm/{model}", 4, rule_options={"auxiliary_depth": 2}, **shared
+        )
+
+
+RECIPES: dict[str, Recipe] = {r.name: r for r in (*_small(), *_imagenet(), *_transformers())}
 
 
 def recipe(name: str) -> Recipe:

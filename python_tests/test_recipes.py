@@ -50,16 +50,16 @@ def test_a_recipe_has_all_of_a_published_run() -> None:
 
 
 def test_every_recipe_fits_its_rule_and_its_network() -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    from manpp_kernels.cli.training import build_model
+
     networks = {}
     for found in RECIPES.values():
         make_rule(found.rule, found.rule_options)
         if found.model not in networks:
             with torch.device("meta"):
-                if found.model in MODELS:
-                    networks[found.model] = list(adapt(MODELS[found.model]()).units)
-                else:
-                    models = pytest.importorskip("torchvision.models")
-                    networks[found.model] = list(adapt(models.get_model(found.model)).units)
+                networks[found.model] = list(adapt(build_model(found.model, 1000)).units)
         units = networks[found.model]
         if isinstance(found.blocks, int):
             assert 1 <= found.blocks <= len(units) + 1
@@ -67,6 +67,22 @@ def test_every_recipe_fits_its_rule_and_its_network() -> None:
             places = [units.index(name) for name in found.blocks]
             assert places == sorted(places)
             assert found.name.endswith(f"-k{len(places) + 1}")
+
+
+def test_the_vision_transformers() -> None:
+    timm = pytest.importorskip("timm")
+    found = recipe("man++/imagenet/vit_tiny_patch16_224-k4")
+    options = found.settings()
+    assert (options["optimizer"], options["lr"], options["batch_size"], options["epochs"]) == ("adamw", 1e-3, 1024, 90)
+    assert "optimizer_arg" not in options
+    assert found.trainer_config().rule_options == {"auxiliary_depth": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32)
+    trainer = LocalTrainer(model, found.trainer_config(), example=(3, 32, 32), optimizer=torch.optim.AdamW)
+    names = trainer.network.partition.names()
+    assert names == [["stem", "blocks.1", "blocks.2"], *([f"blocks.{i + j}" for j in range(3)] for i in (3, 6, 9))]
+    # In front of the head: the two copies of the first block of the next group, and a copy of the one behind it.
+    assert len(trainer.network.blocks[0].auxiliary.host.transform) == 1
+    assert len(trainer.step((torch.rand(4, 3, 32, 32), torch.arange(4))).losses) == 4
 
 
 def test_one_segment_a_block_is_16_and_55() -> None:
