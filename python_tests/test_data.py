@@ -155,7 +155,7 @@ class TestFolder:
             load(f"folder:{image_folder}")
 
     def test_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="is not a folder"):
+        with pytest.raises(DataError, match=r"there is no folder .* as folder:PATH"):
             load(f"folder:{tmp_path / 'nowhere'}")
 
     def test_no_images(self, tmp_path: Path) -> None:

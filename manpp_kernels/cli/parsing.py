@@ -10,6 +10,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -160,6 +161,8 @@ class _Converter:
                     value = convert(word)  # type: ignore[operator]
                 except (ValueError, argparse.ArgumentTypeError):
                     continue
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise argparse.ArgumentTypeError(f"has to be a finite number, and is {word}")
                 if isinstance(value, int | float) and self.minimum is not None and not value >= self.minimum:
                     raise argparse.ArgumentTypeError(f"has to be {self.minimum} or more, and is {word}")
                 return value

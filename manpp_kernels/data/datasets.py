@@ -282,7 +282,7 @@ def _folder(path: Path, size: int, limit: int | None, test_limit: int | None, me
     plain = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     randomly = v2.Compose([v2.RandomResizedCrop(size), v2.PILToTensor()])
     if not path.is_dir():
-        raise DataError(f"{path} is not a folder")
+        raise DataError(f"there is no folder {path}: give one with a folder of images for each class, as folder:PATH")
     if (path / "train").is_dir():
         tests = [path / name for name in ("val", "test", "valid") if (path / name).is_dir()]
         if not tests:

@@ -104,10 +104,17 @@ def training_loader(
         device: where images that are in memory are kept, augmented and handed out.
         crop, flip: pixels to shift by and whether to mirror; None for the set's recipe.
         workers: processes that decode images which are not in memory.
+
+    Raises:
+        ValueError: ``crop`` is as large as the images.
     """
-    transform = training_transform(
-        data.crop if crop is None else crop, data.flip if flip is None else flip, data.mean, data.std
-    )
+    crop = data.crop if crop is None else crop
+    if crop >= data.size:
+        raise ValueError(
+            f"crop is {crop}, and images of {data.size}x{data.size} can be shifted on their reflected border by "
+            f"{data.size - 1} pixels at most; choose a smaller crop, or larger images"
+        )
+    transform = training_transform(crop, data.flip if flip is None else flip, data.mean, data.std)
     images = _placed(data.train, device)
     # A last batch of one image would break batch normalisation.
     return _loader(images, transform, EpochBatches(len(images), batch_size, seed=seed, drop_last=True), workers)
