@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import random
 import secrets
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from torch import Tensor, nn
 
 _FORMAT = "manpp_kernels checkpoint"
 _VERSION = 1
+# What a trainer's checkpoint has, beside the tensors of its networks.
+_PARTS = ("kind", "model", "auxiliary", "optimizers", "schedulers", "scaler", "progress", "totals", "history")
+_PARTS += ("epoch_start", "rng")
 
 
 class CheckpointError(ValueError):
@@ -72,8 +77,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises one of many types, by where the damage is
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is damaged, or no checkpoint of this package: {reason}") from error
+        raise CheckpointError(f"{path} is damaged, or no checkpoint of this package: {_damage(path, error)}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path} was written by another program; it is no checkpoint of this package")
     if state.get("version") != _VERSION:
@@ -82,6 +86,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             "wrote it"
         )
     return state
+
+
+def _damage(path: str | os.PathLike[str], error: Exception) -> str:
+    """What is wrong with a file that PyTorch could not load, whose own words are about its settings."""
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        return "it is cut short, or of another kind"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds other things than tensors, numbers and strings"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def check_kind(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -144,6 +157,9 @@ def check_fits(
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Raise CheckpointError where a checkpoint is not of the training that ``kind`` and the rest describe."""
+    for part in _PARTS:
+        if part not in state:
+            raise CheckpointError(f"the checkpoint is not complete: its part {part!r} is missing")
     check_kind(state["kind"], kind)
     for what, expected in tensors.items():
         check_tensors(what, state[what], expected)

@@ -244,15 +244,17 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        refused(trainer, path, "is damaged, or no checkpoint")
+        refused(trainer, path, "is damaged, or no checkpoint of this package: it is cut short")
     path.write_text("epoch,loss\n1,2\n")
-    refused(trainer, path, "is damaged, or no checkpoint")
+    refused(trainer, path, "is damaged, or no checkpoint of this package: it is cut short, or of another kind")
     torch.save(trainer.model.state_dict(), path)
     refused(trainer, path, "was written by another program")
     torch.save({"format": "manpp_kernels checkpoint", "version": 99}, path)
     refused(trainer, path, "has the version 99")
+    torch.save({"format": "manpp_kernels checkpoint", "version": 1}, path)
+    refused(trainer, path, "is not complete: its part 'kind' is missing")
     torch.save(trainer.model, path)  # a pickle that would run code
-    refused(trainer, path, "is damaged, or no checkpoint")
+    refused(trainer, path, "is damaged, or no checkpoint of this package: it holds other things than tensors")
     with pytest.raises(FileNotFoundError):
         trainer.load(tmp_path / "none.pt")
 
