@@ -27,6 +27,14 @@ def _local(t: Tensor) -> Tensor:
     return t
 
 
+def _local_pair(e: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of an EMA's tensor and the model's that are on this rank and belong together."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(p, distributed.DTensor) and not isinstance(e, distributed.DTensor):
+        return e, p.full_tensor()  # an EMA made before the model was sharded: whole on every rank
+    return _local(e), _local(p)
+
+
 # ------------------------------------------------------------------------------------------------ ema_multi_avg_fn
 
 
@@ -164,6 +172,9 @@ class ModelEma(nn.Module):
     buffers. Integer buffers (and complex ones) are copied. Two things differ, both on purpose: a tensor that occurs
     twice in the model (tied weights) is averaged once a step, not twice, and a model that does not match is an error.
 
+    FSDP2 refuses to copy a model that it has sharded: make the EMA first. It is then whole on every rank, and every
+    update gathers the model. Sharded like the model, by ``fully_shard(ema.module)``, it needs nothing from other ranks.
+
     Args:
         model: what is averaged; :attr:`module` starts as a copy of it, in eval mode.
         decay: the EMA's momentum, in [0, 1].
@@ -293,7 +304,8 @@ class ModelEma(nn.Module):
                 continue  # a module's extra state
             if e.shape != p.shape:
                 raise ValueError(f"{name} has the shape {tuple(p.shape)} in the model, {tuple(e.shape)} in its EMA")
-            pairs.setdefault(id(e), (name, _local(e), _local(p)))
+            if id(e) not in pairs:
+                pairs[id(e)] = (name, *_local_pair(e, p))
         return list(pairs.values())
 
     # --- launches are prepared at the first update, and again when the modules hold other tensors
