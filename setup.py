@@ -31,7 +31,7 @@ def no_compiler() -> str:
 
 def first_error(output: str) -> str:
     """The text of CMake's first error, which CMakeLists.txt writes as a sentence that says what to do."""
-    found = re.search(r"^CMake Error at .*:\n((?:  .*\n)+)", output, re.MULTILINE)
+    found = re.search(r"^CMake Error at .*:\n((?:  .*\n|[ ]*\n)+)", output, re.MULTILINE)
     return " ".join(found[1].split()) if found else "the first error above says why"
 
 
@@ -46,6 +46,9 @@ class CMakeBuild(build_ext):
             self.warn(f"building without compiled kernels: {reason}; Triton and plain PyTorch remain")
             self.extensions = []
             return
+        ninja = next(filter(None, map(shutil.which, ("ninja", "ninja-build", "samu"))), None)
+        if not ninja or not shutil.which("cmake"):
+            sys.exit(f"error: {'cmake' if ninja else 'ninja'} was not found: pip install cmake ninja")
         in_place = self.inplace or self.editable_mode
         target = (HERE if in_place else Path(self.build_lib)) / "manpp_kernels"
         build = Path(self.build_temp).resolve()
@@ -58,13 +61,12 @@ class CMakeBuild(build_ext):
             str(build),
             "-G",
             "Ninja",
+            # Named, as the one of the build before may have been in an isolated environment that is gone.
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DMANPP_OUTPUT_DIR={target.resolve()}",
             f"-DMANPP_CUDA={os.environ.get('MANPP_CUDA', 'auto')}",
         ]
-        for names in (("cmake",), ("ninja", "ninja-build", "samu")):
-            if not any(map(shutil.which, names)):
-                sys.exit(f"error: {names[0]} was not found: pip install cmake ninja")
         configured = subprocess.run(configure, stderr=subprocess.PIPE, text=True)
         sys.stderr.write(configured.stderr)
         if configured.returncode:
