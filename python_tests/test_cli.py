@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-import yaml
-from PIL import Image
-from safetensors.torch import load_file
 
 from manpp_kernels.cli import bench, main
 from manpp_kernels.cli.parsing import Parser, UserError, add_option, option, options_of, parse_config, read_config
 from manpp_kernels.cli.recipe import default_lr, optimizer_factory, scheduler_factory
 from manpp_kernels.cli.settings import Settings, from_file
-from manpp_kernels.models import resnet20
 from manpp_kernels.trainer import TrainerConfig
-
-# Less than a second an epoch.
-TINY = ["--model", "resnet20", "--image-size", "8", "--limit", "64", "--test-limit", "32", "--batch-size", "32"]
-FOUR_EPOCHS = ["train", *TINY, "--epochs", "4", "--blocks", "4"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -273,135 +260,6 @@ class TestRecipe:
             optimizer.step()
             scheduler.step()
         assert rates == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four epochs without interruption."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    assert main([*FOUR_EPOCHS, "--out", str(folder)]) == 0
-    return folder
-
-
-class TestTraining:
-    def test_files(self, finished: Path) -> None:
-        with (finished / "history.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
-        assert all(float(row["train_loss"]) > 0 and 0 <= float(row["val_acc"]) <= 1 for row in rows)
-        assert all(int(row["peak_memory_bytes"]) > 0 for row in rows)
-
-        with Image.open(finished / "curves.png") as image:
-            assert image.format == "PNG"
-            assert image.width > 500
-
-        model = resnet20(10)
-        model.load_state_dict(load_file(finished / "model.safetensors"))
-
-        config = yaml.safe_load((finished / "config.yaml").read_text())
-        assert config["model"] == "resnet20"
-        assert config["blocks"] == 4
-
-    def test_tensorboard(self, finished: Path) -> None:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(finished))
-        events.Reload()
-        tags = events.Tags()["scalars"]
-        assert {"train_loss", "val_acc", "lr", "block_loss/00", "block_loss/03"} <= set(tags)
-        assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4]
-
-    def test_a_run_repeats_from_its_config(self, finished: Path, tmp_path: Path) -> None:
-        again = tmp_path / "again"
-        assert main(["train", "--config", str(finished / "config.yaml"), "--out", str(again)]) == 0
-        first, second = (load_file(folder / "model.safetensors") for folder in (finished, again))
-        assert all(torch.equal(first[name], second[name]) for name in first)
-
-    def test_interrupted_and_resumed_is_the_same_run(self, finished: Path, tmp_path: Path) -> None:
-        """Ctrl-C in a process of its own, somewhere in the middle, and the rest of the run in another."""
-        folder = tmp_path / "run"
-        code, error = interrupt_after_first_epoch([*FOUR_EPOCHS, "--out", str(folder)], folder)
-        assert code == 130, error
-        assert f"manpp train --resume {folder}" in error
-        assert "Traceback" not in error
-        assert (folder / "checkpoint.pt").is_file()
-
-        assert main(["train", "--resume", str(folder), "--threads", str(torch.get_num_threads())]) == 0
-        first, second = (load_file(run / "model.safetensors") for run in (finished, folder))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[name], second[name]) for name in first)
-
-    def test_resume_in_the_middle_of_an_epoch(self, finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
-        from manpp_kernels.cli.display import Display
-
-        steps = 0
-
-        def step(self: Display, trainer: Any, result: Any) -> None:
-            nonlocal steps
-            steps += 1
-            if steps == 3:  # the first of two in the second epoch
-                os.kill(os.getpid(), signal.SIGINT)
-
-        folder = tmp_path / "run"
-        with monkeypatch.context() as patch:
-            patch.setattr(Display, "step", step)
-            assert main([*FOUR_EPOCHS, "--out", str(folder)]) == 130
-        assert steps == 3
-        assert main(["train", "--resume", str(folder / "checkpoint.pt")]) == 0
-        first, second = (load_file(run / "model.safetensors") for run in (finished, folder))
-        assert all(torch.equal(first[name], second[name]) for name in first)
-        with (folder / "history.csv").open() as file:
-            assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
-
-    def test_what_resume_refuses(self, finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        assert "--lr would change it" in refused(capsys, "train", "--resume", str(finished), "--lr", "3")
-        assert "holds a run already" in refused(capsys, "train", "--out", str(finished))
-        (tmp_path / "checkpoint.pt").touch()
-        assert "holds no run" in refused(capsys, "train", "--resume", str(tmp_path))
-
-    def test_a_damaged_checkpoint(self, finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        (tmp_path / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
-        (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:1000])
-        assert "checkpoint.pt is damaged" in refused(capsys, "train", "--resume", str(tmp_path))
-
-    @pytest.mark.parametrize(
-        "words",
-        [
-            "--rule e2e --optimizer adamw --schedule constant",
-            "--rule dgl --blocks layer1.2,layer2.2 --order unlocked --clip-norm 1",
-            "--form parameter --total 1 --momentum 0.9 --host-options width=narrow --accumulate 2 --amp bf16",
-            "--model resnet18 --image-size 32 --blocks 2 --limit 8 --batch-size 4 --no-tensorboard",
-        ],
-    )
-    def test_rules_and_options(self, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["train", *TINY, "--epochs", "1", "--out", str(tmp_path / "run"), *words.split()]) == 0
-        assert "epoch 1/1" in capsys.readouterr().out
-
-    def test_demo(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        words = ["--epochs", "1", "--image-size", "8", "--limit", "128", "--test-limit", "32", "--out", str(tmp_path)]
-        assert main(["demo", *words]) == 0
-        assert (tmp_path / "curves.png").is_file()
-        table = capsys.readouterr().out
-        assert "e2e" in table
-        assert "man++" in table
-
-
-def interrupt_after_first_epoch(words: list[str], folder: Path) -> tuple[int, str]:
-    """Run ``manpp`` in a process, send it SIGINT once it has finished an epoch; its exit code and standard error."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "manpp_kernels.cli", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    deadline = time.monotonic() + 60
-    while not (folder / "history.csv").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    return process.returncode, error
 
 
 class TestBench:

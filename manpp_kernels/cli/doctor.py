@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 
@@ -21,11 +22,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 0 where every available backend agrees with plain PyTorch, else 1."""
+    """Print the report.
+
+    Returns:
+        0 where every available backend agrees with plain PyTorch, and the one that MANPP_BACKEND names can run; else 1.
+    """
     for name, value in versions():
         print(f"{name:<22}{value}")
     print()
     healthy = True
+    asked = os.environ.get("MANPP_BACKEND")
+    if asked:
+        reason = backends.why_not(asked)
+        healthy = not reason
+        print(f"MANPP_BACKEND asks for {asked}{', which cannot run: ' if reason else ''}{reason}\n")
     for backend in backends.BACKENDS:
         reason = backends.why_not(backend)
         if reason:
