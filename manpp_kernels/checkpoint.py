@@ -25,8 +25,10 @@ from torch import Tensor, nn
 _FORMAT = "manpp_kernels checkpoint"
 _VERSION = 1
 # What a trainer's checkpoint has, beside the tensors of its networks.
-_PARTS = ("kind", "model", "auxiliary", "optimizers", "schedulers", "scaler", "progress", "totals", "history")
-_PARTS += ("epoch_start", "rng")
+_PARTS = (
+    *("kind", "model", "auxiliary", "optimizers", "schedulers", "scaler"),
+    *("progress", "totals", "history", "epoch_start", "rng"),
+)
 
 
 class CheckpointError(ValueError):
