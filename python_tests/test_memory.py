@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from manpp_kernels.local import SavedTensorMeter, measure_step_memory
-from manpp_kernels.local.heads import AveragePool
+from manpp_kernels.local.heads import AveragePool, HeadPool
 from manpp_kernels.models import CifarResNet, resnet32, resnet110
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -74,18 +75,25 @@ def test_a_graph_freed_and_another_recorded_gives_the_larger_peak() -> None:
 
 
 def test_a_pool_keeps_nothing_and_equals_pytorchs() -> None:
-    for shape, size in (((2, 3, 32, 32), 8), ((2, 3, 12, 8), 4), ((2, 3, 9, 7), 4), ((2, 3, 4, 4), 4)):
-        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    shapes = (((2, 3, 32, 32), 8), ((2, 3, 12, 8), 4), ((2, 3, 9, 7), 4), ((2, 3, 4, 4), 4))
+    formats = (torch.contiguous_format, torch.channels_last)
+    for pool, (shape, size), layout in itertools.product((AveragePool, HeadPool), shapes, formats):
+        x = torch.randn(shape, dtype=torch.float64).to(memory_format=layout).requires_grad_()
         with SavedTensorMeter([x]) as meter:
-            y = AveragePool(size)(x)
+            y = pool(size)(x)
         assert meter.live_bytes == 0
         expected = F.adaptive_avg_pool2d(x, size)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        assert pool is AveragePool or y.is_contiguous(memory_format=torch.channels_last)
         g = torch.randn_like(y)
-        torch.testing.assert_close(torch.autograd.grad(y, x, g), torch.autograd.grad(expected, x, g))
-    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(AveragePool(2), x)
-    assert torch.autograd.gradgradcheck(AveragePool(2), x)
+        (grad,) = torch.autograd.grad(y, x, g)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, x, g)[0])
+        assert grad.is_contiguous(memory_format=layout) or 9 in shape  # PyTorch's own pool, where sides do not divide
+    for pool in (AveragePool, HeadPool):
+        for layout in formats:
+            x = torch.randn(1, 2, 4, 4, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+            assert torch.autograd.gradcheck(pool(2), x)
+            assert torch.autograd.gradgradcheck(pool(2), x)
 
 
 def test_a_step_leaves_nothing_alive() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, autograd, nn
 
@@ -12,21 +13,42 @@ from manpp_kernels.local.features import VectorMap, linear_head, require
 from manpp_kernels.models.cifar_resnet import init_weights
 
 
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 class _BlockMean(autograd.Function):
     """Average pooling over k x k blocks that keeps nothing for backward (PyTorch's keeps its input, only to read the
-    shape of it: in a local block that would be one more full-size activation)."""
+    shape of it: in a local block that would be one more full-size activation). The gradient comes in the memory format
+    of the input, as what produced the input is slow on a mixture of two."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: tuple[int, int]) -> Tensor:
-        ctx.kernel = kernel
+        ctx.kernel, ctx.format = kernel, _format(x)
         return F.avg_pool2d(x, kernel)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        n, c, h, w = grad.shape
         kh, kw = ctx.kernel
-        spread = (grad / (kh * kw))[:, :, :, None, :, None].expand(n, c, h, kh, w, kw)
-        return spread.reshape(n, c, h * kh, w * kw), None
+        grad = grad / (kh * kw)
+        if ctx.format is torch.channels_last:
+            spread = grad.permute(0, 2, 3, 1).repeat_interleave(kw, 2).repeat_interleave(kh, 1)
+            return spread.permute(0, 3, 1, 2), None
+        return grad.repeat_interleave(kw, 3).repeat_interleave(kh, 2), None
+
+
+class _ChannelsLast(autograd.Function):
+    """The same values in the channels-last format; the gradient goes back in the format that they came in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.format = _format(x)
+        return x.clone(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=ctx.format)
 
 
 class AveragePool(nn.Module):
@@ -41,6 +63,17 @@ class AveragePool(nn.Module):
         if h % self.size or w % self.size:
             return F.adaptive_avg_pool2d(x, self.size)
         return x if h == w == self.size else _BlockMean.apply(x, (h // self.size, w // self.size))
+
+
+class HeadPool(AveragePool):
+    """Average pooling in front of 1x1 convolutions. On a CPU these and their batch normalisations take a fifth less
+    time in the channels-last format, and pooled maps are so small that changing the format costs next to nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.device.type != "cpu" or y.is_contiguous(memory_format=torch.channels_last):
+            return y
+        return _ChannelsLast.apply(y)
 
 
 def _conv_layers(in_channels: int, channels: int, count: int) -> list[nn.Module]:
@@ -72,7 +105,7 @@ def _narrow(channels: int, side: int, num_classes: int) -> list[nn.Module]:
     quarter = math.ceil(side / 4)
     size = min(2, quarter)
     return [
-        AveragePool(quarter),
+        HeadPool(quarter),
         *_conv_layers(channels, channels, 3),
         AveragePool(size),
         nn.Flatten(),
@@ -83,7 +116,7 @@ def _narrow(channels: int, side: int, num_classes: int) -> list[nn.Module]:
 
 def _wide(channels: int, side: int, num_classes: int) -> list[nn.Module]:
     return [
-        AveragePool(min(8, side)),
+        HeadPool(min(8, side)),
         *_conv_layers(channels, 128, 3),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
