@@ -34,7 +34,8 @@ class TrainerConfig:
         accumulate: micro-batches that a batch is split into; their gradients are averaged by their sizes, and the EMA
             and the optimizer step once a batch.
         amp: autocast to ``"bf16"`` or ``"fp16"`` (the latter with loss scaling); None for full precision.
-        channels_last: keep the model and the images in the channels-last memory format.
+        channels_last: keep the model and the images in the channels-last memory format. (On a CPU with one thread,
+            strided 1x1 convolutions of PyTorch 2.14 corrupt memory in it where they take fewer than 8 channels.)
         compile: the ``torch.compile`` backend for the bodies of the blocks, such as ``"inductor"``; None for none.
         measure_memory: report the peak memory of each epoch.
     """
