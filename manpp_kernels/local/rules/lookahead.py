@@ -1,0 +1,81 @@
+"""Look-ahead: a rule of this package. The local head looks at the features through the next unit itself.
+
+With u the first unit of the next block and theta_u its parameters, as they are, not copied::
+
+    y_j = u(x_j; theta_u)
+    L_j = host's loss on y_j
+
+L_j trains block j and, by its share, u, which its own block's loss trains as well: neighbouring blocks overlap by one
+unit, and each learns what the one behind it needs. There is no copy, no EMA and no scale: what is trained beside the
+network is the host's head alone. Overlapping local losses are known from LoCo (Xiong et al., "LoCo: Local Contrastive
+Representation Learning", NeurIPS 2020) and BackLink (Guo et al., arXiv 2205.07141); MAN's transform is the same
+place with copies in it.
+
+As two losses train a unit, its gradients are complete at the end of a step: the order has to be "published".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manpp_kernels.local.auxiliary import Auxiliary, Site, Transformed, copy_unit
+from manpp_kernels.local.rules import Rule, make_rule, moved, register
+from manpp_kernels.local.rules.man import check_units
+
+
+@dataclass(frozen=True)
+class LookaheadOptions:
+    """Options of look-ahead.
+
+    Attributes:
+        host: the rule whose auxiliary network classifies y.
+        host_options: the host's options, a mapping or its dataclass; None for those it has as a host (``"dgl"``: the
+            wide head).
+    """
+
+    host: str = "dgl"
+    host_options: Any = None
+
+
+class SharedUnit(nn.Module):
+    """``u(x; theta_u)`` with the user's own parameters, which it trains but does not own.
+
+    Batch normalisations normalise by the batch, as in every copy: running statistics are moved by the user's own
+    forward pass alone, and not a second time from here.
+    """
+
+    def __init__(self, unit: nn.Module) -> None:
+        super().__init__()
+        shape = copy_unit(unit, "copy", lambda _: None, trainable=False)
+        names = [name for name, _ in shape.named_parameters()]
+        kept = {name for name, _ in shape.named_buffers()}
+        # In lists, so that neither the user's tensors nor the empty form they are put into are registered here.
+        self._form = [shape.to("meta")]
+        self._tensors = dict(zip(names, unit.parameters(), strict=True))
+        self._tensors |= {name: buffer for name, buffer in unit.named_buffers() if name in kept}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self._form[0], self._tensors, (x,))
+
+
+@register("lookahead")
+class Lookahead(Rule):
+    """The next unit itself in front of the host's local head."""
+
+    Options = LookaheadOptions
+    overlapping = True
+
+    def __init__(self, options: LookaheadOptions) -> None:
+        super().__init__(options)
+        self.host = make_rule(options.host, options.host_options, hosting=True)
+
+    def check(self, segments: int, blocks: int) -> None:
+        check_units(self.name, segments)
+
+    def auxiliary(self, site: Site) -> Auxiliary:
+        unit = site.next_unit
+        return Transformed(SharedUnit(unit.module), self.host.auxiliary(moved(site, unit.shape)))
