@@ -54,7 +54,8 @@ def mix(layout: torch.memory_format, channels: int) -> list[Tensor]:
     found = []
     for dtype in DTYPES[:2]:
         for scale in (torch.tensor(0.5), torch.rand(channels)):
-            maps = [torch.randn(3, channels, 7, 9, device=DEVICE).to(dtype, memory_format=layout) for _ in range(3)]
+            # Enough of them that the sums are those of several blocks.
+            maps = [torch.randn(40, channels, 7, 9, device=DEVICE).to(dtype, memory_format=layout) for _ in range(3)]
             inputs = [t.detach().requires_grad_() for t in (*maps[:2], scale.to(DEVICE))]
             y = scale_bias_mix(*inputs)
             found += [y, *torch.autograd.grad(y, inputs, maps[2])]

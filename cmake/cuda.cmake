@@ -28,6 +28,7 @@ list(JOIN names "," names)
 
 target_sources(_C PRIVATE
   csrc/cuda/common.cu
+  csrc/cuda/arrivals.cu
   csrc/cuda/chunks.cu
   csrc/cuda/ema_scale_update.cu
   csrc/cuda/ema_scale_update_backward.cu

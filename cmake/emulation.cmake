@@ -9,6 +9,7 @@ if(MANPP_WITH_CUDA)
 endif()
 
 set(emulated_kernels
+  csrc/cuda/arrivals.cu
   csrc/cuda/chunks.cu
   csrc/cuda/ema_scale_update.cu
   csrc/cuda/ema_scale_update_backward.cu

@@ -1,18 +1,37 @@
 // The backward pass of the effective weights on the GPU: the gradient of every bias and, in the same pass over the
 // data, that of scale, summed per group in a fixed order.
+#include <algorithm>
 #include <memory>
+#include <numeric>
 
 #include "chunks.cuh"
+#include "reduce.cuh"
 
 namespace manpp::cuda {
 
 namespace {
 
-// A chunk's share of the gradient of one entry of scale.
-struct alignas(16) Share {
-  double sum;
-  int32_t group;
+// Groups of one launch, at most: where they end is a kernel parameter, beside the table of the tensors.
+constexpr int32_t kMostGroups = 256;
+static_assert(kMostGroups <= kMostArrivals);
+
+// The sums of a launch's groups. Its chunks come group by group, those of group `first` + i ending before ends[i], so
+// that the shares of a group lie side by side, and its last chunk to arrive adds up only those.
+struct Sums {
+  double* shares = nullptr; // a chunk each; null where the gradient of scale is not wanted
+  uint32_t* counters = nullptr; // a group each
+  void* grad_scale = nullptr;
+  DType type = DType::f32;
+  int32_t first = 0;
+  int32_t count = 0;
+  uint32_t ends[kMostGroups];
+
+  __device__ __forceinline__ uint32_t begin(int32_t group) const {
+    return group == 0 ? 0 : ends[group - 1];
+  }
 };
+
+static_assert(sizeof(ParameterTable<true>) + sizeof(Sums) + 64 <= 32764);
 
 template <class T>
 __device__ __forceinline__ float typed_share(const Chunk& c, float scale, bool need_share) {
@@ -86,12 +105,32 @@ __device__ double any_share(const Chunk& c, const void* scales, DType scale_type
   return static_cast<double>(sum);
 }
 
-// T is the dtype all operands share, or void for any mix of dtypes.
+// A chunk's part in the sums, in thread 0's `share`; the last chunk of a group writes its sum.
+__device__ __forceinline__ void add_to_group(const Sums& sums, int32_t group, double share) {
+  int32_t i = group - sums.first;
+  uint32_t begin = sums.begin(i);
+  uint32_t count = sums.ends[i] - begin;
+  bool last = add_shares(sums.shares + begin, sums.counters + i, count, blockIdx.x - begin, 1, share);
+  if (last && threadIdx.x == 0) {
+    write_scalar(sums.grad_scale, sums.type, group, share);
+  }
+  if (blockIdx.x == 0) { // no chunk would write the sums of groups without elements
+#pragma unroll 1
+    for (int32_t other = threadIdx.x; other < sums.count; other += kThreads) {
+      if (sums.begin(other) == sums.ends[other]) {
+        write_scalar(sums.grad_scale, sums.type, sums.first + other, 0.0);
+      }
+    }
+  }
+}
+
+// T is the dtype all operands share, or void for any mix of dtypes. Four blocks a multiprocessor: see typed_kernel in
+// the forward pass.
 template <class Source, class T>
-__global__ void __launch_bounds__(kThreads) backward_kernel(
-    const Source __grid_constant__ source, const void* scales, DType scale_type, Share* __restrict__ shares) {
+__global__ void __launch_bounds__(kThreads, 4) backward_kernel(
+    const Source __grid_constant__ source, const void* scales, DType scale_type, const Sums __grid_constant__ sums) {
   Chunk c = source.get(blockIdx.x);
-  bool need_share = shares != nullptr;
+  bool need_share = sums.shares != nullptr;
   double sum;
   if constexpr (std::is_void_v<T>) {
     bool wide =
@@ -102,24 +141,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(
     sum = typed_share<T>(c, read_scalar<float>(scales, scale_type, c.group), need_share);
   }
   if (need_share) {
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) {
-      shares[blockIdx.x] = Share{sum, c.group};
-    }
-  }
-}
-
-// A block a group: adds up the shares of its chunks, always in the same order.
-__global__ void __launch_bounds__(kThreads)
-    sum_shares_kernel(const Share* __restrict__ shares, uint32_t chunks, void* grad_scale, DType type) {
-  double sum = 0;
-  for (uint32_t i = threadIdx.x; i < chunks; i += kThreads) {
-    Share share = shares[i];
-    sum += share.group == static_cast<int32_t>(blockIdx.x) ? share.sum : 0.0;
-  }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) {
-    write_scalar(grad_scale, type, blockIdx.x, sum);
+    add_to_group(sums, c.group, block_sum(sum));
   }
 }
 
@@ -145,11 +167,11 @@ DType common_type(const std::vector<Entry>& entries) {
 
 template <class Source>
 void launch(
-    const Source& source, uint32_t chunks, DType common, const Tensor& scale, Share* shares, cudaStream_t stream) {
+    const Source& source, uint32_t chunks, DType common, const Tensor& scale, const Sums& sums, cudaStream_t stream) {
   const void* scales = scale.data_ptr();
   DType type = dtype_of(scale);
   auto run = [&](auto kernel) {
-    launch_kernel("ema_scale_update_backward", kernel, chunks, stream, source, scales, type, shares);
+    launch_kernel("ema_scale_update_backward", kernel, chunks, stream, source, scales, type, sums);
   };
   switch (common) {
     case DType::f32:
@@ -163,6 +185,70 @@ void launch(
       break;
     default:
       run(backward_kernel<Source, void>);
+  }
+}
+
+// One launch, where there is anything to do. Where sums has a place for them, it names the groups, and the entries come
+// group by group.
+void run_once(const std::vector<Entry>& entries, const Tensor& scale, Sums& sums, cudaStream_t stream) {
+  uint32_t chunks = count_chunks(entries);
+  if (chunks == 0) {
+    return;
+  }
+  Tensor shares;
+  Arrivals counters;
+  if (sums.grad_scale != nullptr) {
+    std::fill_n(sums.ends, sums.count, 0);
+    for (const Entry& e : entries) {
+      sums.ends[e.group - sums.first] += static_cast<uint32_t>((e.numel + kChunk - 1) / kChunk);
+    }
+    std::partial_sum(sums.ends, sums.ends + sums.count, sums.ends);
+    shares = scratch(scale, static_cast<int64_t>(chunks) * sizeof(double));
+    counters = arrivals(scale, stream, static_cast<uint32_t>(sums.count));
+    sums.shares = static_cast<double*>(shares.data_ptr());
+    sums.counters = counters.counters;
+  }
+  DType common = common_type(entries);
+  if (entries.size() <= static_cast<size_t>(ParameterTable<true>::kCapacity)) {
+    auto parameters = std::make_unique<ParameterTable<true>>();
+    fill_table(entries, 0, entries.size(), *parameters);
+    launch(*parameters, chunks, common, scale, sums, stream);
+  } else {
+    Tensor chunk_buffer = scratch(scale, static_cast<int64_t>(chunks) * sizeof(Chunk));
+    Chunk* target = static_cast<Chunk*>(chunk_buffer.data_ptr());
+    write_chunks(entries, true, target, stream);
+    launch(DeviceTable{target}, chunks, common, scale, sums, stream);
+  }
+}
+
+// With the gradient of scale: one launch, unless there are more groups than it takes.
+void run_with_sums(std::vector<Entry>& entries, const Tensor& scale, Tensor& grad_scale, cudaStream_t stream) {
+  int64_t groups = grad_scale.numel();
+  for (const Entry& e : entries) {
+    STD_TORCH_CHECK(
+        e.group >= 0 && e.group < groups, "manpp_kernels: group ", e.group, " of a scale with ", groups, " entries");
+  }
+  auto earlier = [](const Entry& a, const Entry& b) { return a.group < b.group; };
+  if (!std::is_sorted(entries.begin(), entries.end(), earlier)) {
+    std::stable_sort(entries.begin(), entries.end(), earlier);
+  }
+  if (groups > kMostGroups || count_chunks(entries) == 0) {
+    torch::stable::zero_(grad_scale); // no launch below knows of all the groups without elements
+  }
+  auto sums = std::make_unique<Sums>();
+  sums->grad_scale = grad_scale.data_ptr();
+  sums->type = dtype_of(grad_scale);
+  if (groups <= kMostGroups) {
+    sums->count = static_cast<int32_t>(groups);
+    run_once(entries, scale, *sums, stream);
+    return;
+  }
+  for (auto begin = entries.begin(); begin != entries.end();) {
+    sums->first = begin->group;
+    sums->count = static_cast<int32_t>(std::min<int64_t>(kMostGroups, groups - sums->first));
+    auto end = std::find_if(begin, entries.end(), [&](const Entry& e) { return e.group - sums->first >= kMostGroups; });
+    run_once({begin, end}, scale, *sums, stream);
+    begin = end;
   }
 }
 
@@ -180,36 +266,11 @@ void ema_scale_update_backward(
   DeviceGuard guard(scale.get_device_index());
   cudaStream_t stream = current_stream(scale.get_device_index());
   Table table = build_backward_table(grad, bias, ema, groups, grad_bias);
-  uint32_t chunks = count_chunks(table.entries);
-  bool need_share = grad_scale && !bias.empty();
-  Tensor buffer = scratch(scale, need_share ? static_cast<int64_t>(chunks) * sizeof(Share) : 0);
-  Share* shares = need_share ? static_cast<Share*>(buffer.data_ptr()) : nullptr;
-  if (chunks > 0) {
-    DType common = common_type(table.entries);
-    if (table.entries.size() <= static_cast<size_t>(ParameterTable<true>::kCapacity)) {
-      auto parameters = std::make_unique<ParameterTable<true>>();
-      fill_table(table.entries, 0, table.entries.size(), *parameters);
-      launch(*parameters, chunks, common, scale, shares, stream);
-    } else {
-      Tensor chunk_buffer = scratch(scale, static_cast<int64_t>(chunks) * sizeof(Chunk));
-      Chunk* target = static_cast<Chunk*>(chunk_buffer.data_ptr());
-      write_chunks(table.entries, true, target, stream);
-      launch(DeviceTable{target}, chunks, common, scale, shares, stream);
-    }
-  }
-  if (need_share) {
-    uint32_t count = static_cast<uint32_t>(grad_scale->numel());
-    if (count > 0) {
-      launch_kernel(
-          "sum_shares",
-          sum_shares_kernel,
-          count,
-          stream,
-          shares,
-          chunks,
-          grad_scale->data_ptr(),
-          dtype_of(*grad_scale));
-    }
+  if (grad_scale && !bias.empty()) {
+    run_with_sums(table.entries, scale, *grad_scale, stream);
+  } else {
+    Sums none;
+    run_once(table.entries, scale, none, stream);
   }
   table.finish();
 }

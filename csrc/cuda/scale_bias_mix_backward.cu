@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "reduce.cuh"
 #include "scale_bias_mix.cuh"
 
 namespace manpp::cuda {
@@ -11,10 +12,11 @@ namespace {
 
 constexpr const char* kName = "scale_bias_mix_backward";
 constexpr int kFlight = 2; // vectors of each operand that a thread keeps in flight
-constexpr int64_t kSegment = 1024; // elements of a row that up to a warp sums up, at least
-constexpr int64_t kMostShares = 16384; // of one row: more work a warp beyond, for one block adds them up
-constexpr int64_t kPixels = 64; // of channels_last that a block sums up, at least
-constexpr int64_t kMostBlocks = 2048; // of pixels, for the same reason
+constexpr int64_t kSegment = 1024; // elements of a row that up to a warp takes at a time
+// Blocks of a launch that sums, or as many as there are sums: enough to keep the largest GPUs busy, few enough that
+// their shares are added up in no time. With more sums than that a block has all of one, and there are no shares.
+constexpr int64_t kBlocks = 1024;
+static_assert(kBlocks / 2 <= kMostArrivals);
 
 template <class T>
 struct Operands {
@@ -24,6 +26,29 @@ struct Operands {
   T* grad_a; // null where not wanted
   T* grad_b;
 };
+
+// A vector in accesses of 16 bytes, each an instruction: left to itself, the compiler takes these stores apart where it
+// has unrolled the loop around them.
+template <class T, int V>
+__device__ __forceinline__ void store_whole(T* p, const T (&x)[V]) {
+#ifdef __CUDA_ARCH__
+  if constexpr (V > 1) {
+    Packed<T, V> packed;
+    packed.pack(x);
+#pragma unroll
+    for (int i = 0; i < Packed<T, V>::kWords; ++i) {
+      uint4 w = packed.words[i];
+      size_t at = __cvta_generic_to_global(reinterpret_cast<uint4*>(p) + i);
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                   :
+                   : "l"(at), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
+                   : "memory");
+    }
+    return;
+  }
+#endif
+  store_vector(p, x);
+}
 
 // Both gradients of kFlight vectors, `stride` elements apart; add(k, x) takes the share of element k of a vector in the
 // gradient of scale. scale(k) and rest(k) are its factors.
@@ -71,67 +96,87 @@ __device__ __forceinline__ void backward_vectors(
       y[k] = static_cast<T>((total - scale(k)) * value);
     }
     if (o.grad_a != nullptr) {
-      store_vector(o.grad_a + at, x);
+      store_whole(o.grad_a + at, x);
     }
     if (o.grad_b != nullptr) {
-      store_vector(o.grad_b + at, y);
+      store_whole(o.grad_b + at, y);
     }
   }
 }
 
-// How rows of one channel each are cut: `lanes` threads (a power of two, up to a warp) sum up a segment.
-struct Rows {
-  int64_t count; // of segments
-  int64_t length; // of a row
-  int64_t segment;
-  int64_t per_row;
-  int64_t channels;
-  int lanes;
+// Sums of a launch, and how their blocks leave them. A unit is a sum, or a few side by side; unit b % units is that of
+// block b, so that blocks side by side in time read what is side by side in memory.
+struct Sums {
+  uint32_t units = 1;
+  uint32_t slices = 1; // blocks of a unit
+  double* shares = nullptr; // [unit][slice][column]
+  uint32_t* counters = nullptr; // a unit each
+  void* grad_scale = nullptr; // null where it is not wanted
+  DType type = DType::f32;
 };
 
-// shares[segment number] is a segment's sum. V is 1 where rows are not whole vectors.
+// Rows of one channel each, in pieces of up to kSegment elements; `lanes` threads (a power of two, up to a warp) take a
+// piece at a time.
+struct Rows {
+  int64_t length;
+  int64_t channels;
+  uint32_t per_row; // pieces
+  uint32_t pieces; // of a channel
+  uint32_t lanes;
+};
+
+// V is 1 where rows are not whole vectors.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    backward_rows_kernel(Operands<T> o, const Rows rows, ScaleSource<Arithmetic<T>> source, double* __restrict__ shares) {
+    backward_rows_kernel(Operands<T> o, const Rows rows, ScaleSource<Arithmetic<T>> source, const Sums sums) {
   using A = Arithmetic<T>;
-  int lane = threadIdx.x & (rows.lanes - 1);
-  int64_t segment = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / rows.lanes;
-  A sum = 0;
-  if (segment < rows.count) { // and not: return otherwise, for the shuffles below take all lanes of a warp
-    int64_t row = segment / rows.per_row;
-    int64_t begin = row * rows.length + (segment - row * rows.per_row) * rows.segment;
-    int64_t end = min(begin + rows.segment, (row + 1) * rows.length);
-    A s = source.scale(row % rows.channels);
+  uint32_t channel = blockIdx.x % sums.units;
+  uint32_t slice = blockIdx.x / sums.units;
+  uint32_t lane = threadIdx.x & (rows.lanes - 1);
+  uint32_t teams = kThreads / rows.lanes;
+  A s = source.scale(channel);
+  double total = 0;
+  for (uint32_t piece = slice * teams + threadIdx.x / rows.lanes; piece < rows.pieces; piece += sums.slices * teams) {
+    uint32_t outer = piece / rows.per_row;
+    int64_t row = (outer * rows.channels + channel) * rows.length;
+    int64_t begin = row + (piece - outer * rows.per_row) * kSegment;
+    int64_t end = min(begin + kSegment, row + rows.length);
     int64_t stride = rows.lanes * V;
+    A sum = 0;
     for (int64_t at = begin + lane * V; at < end; at += stride * kFlight) {
       backward_vectors<T, V>(
           o, at, end, stride, static_cast<A>(source.total), [&](int) { return s; }, [&](int, A x) { sum += x; });
     }
+    total += static_cast<double>(sum);
   }
-  if (shares == nullptr) {
+  if (sums.grad_scale == nullptr) {
     return;
   }
-  double total = static_cast<double>(sum);
-  for (int offset = rows.lanes / 2; offset > 0; offset /= 2) {
-    total += __shfl_down_sync(0xFFFFFFFFu, total, offset); // right in a segment's first lane, which alone counts
-  }
-  if (lane == 0 && segment < rows.count) {
-    shares[segment] = total;
+  total = block_sum(total);
+  double* shares = sums.shares + static_cast<int64_t>(channel) * sums.slices;
+  if (add_shares(shares, sums.counters + channel, sums.slices, slice, 1, total) && threadIdx.x == 0) {
+    write_scalar(sums.grad_scale, sums.type, channel, total);
   }
 }
 
-// channels_last: `width` threads side by side (a power of two) take V neighbouring channels each, blockIdx.y counting
-// such groups, and those after them the next pixels. shares[block][channel].
+// Threads side by side along the channels: of a block, lines of 128 bytes, what memory is read in at a time.
+template <class T, int V>
+constexpr int kWidth = V == 1 ? 32 : 128 / (V * static_cast<int>(sizeof(T)));
+
+// channels_last: `width` threads (a power of two) take V neighbouring channels each, and those after them the next
+// pixels. Such a stretch of channels is a unit.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) backward_pixels_kernel(
-    Operands<T> o, int64_t pixels, int64_t per_block, int64_t channels, int width, ScaleSource<Arithmetic<T>> source,
-    double* __restrict__ shares) {
+    Operands<T> o, int64_t pixels, int64_t per_slice, int64_t channels, int width, ScaleSource<Arithmetic<T>> source,
+    const Sums sums) {
   using A = Arithmetic<T>;
-  __shared__ double sums[kThreads * V];
+  __shared__ double parts[kThreads / 32][kWidth<T, V> * V];
+  uint32_t unit = blockIdx.x % sums.units;
+  uint32_t slice = blockIdx.x / sums.units;
   int column = threadIdx.x & (width - 1);
   int line = threadIdx.x / width;
   int lines = kThreads / width;
-  int64_t channel = (static_cast<int64_t>(blockIdx.y) * width + column) * V;
+  int64_t channel = (static_cast<int64_t>(unit) * width + column) * V;
   A sum[V] = {};
   if (channel < channels) {
     A s[V];
@@ -139,8 +184,8 @@ __global__ void __launch_bounds__(kThreads) backward_pixels_kernel(
     for (int k = 0; k < V; ++k) {
       s[k] = source.scale(channel + k);
     }
-    int64_t first = static_cast<int64_t>(blockIdx.x) * per_block;
-    int64_t end = min(first + per_block, pixels) * channels;
+    int64_t first = slice * per_slice;
+    int64_t end = min(first + per_slice, pixels) * channels;
     int64_t stride = lines * channels;
     for (int64_t at = (first + line) * channels + channel; at < end; at += stride * kFlight) {
       backward_vectors<T, V>(
@@ -148,41 +193,32 @@ __global__ void __launch_bounds__(kThreads) backward_pixels_kernel(
           [&](int k, A x) { sum[k] += x; });
     }
   }
-  if (shares == nullptr) {
+  if (sums.grad_scale == nullptr) {
     return;
   }
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    sums[k * kThreads + threadIdx.x] = static_cast<double>(sum[k]);
-  }
-  __syncthreads();
-  if (line == 0 && channel < channels) {
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      double total = 0;
-      for (int i = 0; i < lines; ++i) {
-        total += sums[k * kThreads + i * width + column];
-      }
-      shares[static_cast<int64_t>(blockIdx.x) * channels + channel + k] = total;
+    double total = static_cast<double>(sum[k]);
+    for (int offset = 16; offset >= width; offset /= 2) { // the lines of a warp
+      total += __shfl_down_sync(0xFFFFFFFFu, total, offset);
+    }
+    if (static_cast<int>(threadIdx.x) % 32 < width) {
+      parts[threadIdx.x / 32][column * V + k] = total;
     }
   }
-}
-
-// A block a channel: out[c] = the sum of shares[(o channels + c) segments + s] over o and s, always in the same order.
-__global__ void __launch_bounds__(kThreads) sum_shares_kernel(
-    const double* __restrict__ shares, uint32_t count, int64_t segments, const Divider by_segments, void* out,
-    DType type) {
-  int64_t channels = gridDim.x;
-  int64_t channel = blockIdx.x;
-  double sum = 0;
-#pragma unroll 8
-  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-    int64_t outer = by_segments.quotient(i);
-    sum += shares[(outer * channels + channel) * segments + (i - outer * segments)];
+  __syncthreads();
+  uint32_t columns = width * V;
+  double total = 0;
+  if (threadIdx.x < columns) {
+    for (int i = 0; i < kThreads / 32; ++i) {
+      total += parts[i][threadIdx.x];
+    }
   }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) {
-    write_scalar(out, type, channel, sum);
+  double* shares = sums.shares + static_cast<int64_t>(unit) * sums.slices * columns;
+  int64_t own = static_cast<int64_t>(unit) * columns + threadIdx.x;
+  if (add_shares(shares, sums.counters + unit, sums.slices, slice, columns, total) && threadIdx.x < columns &&
+      own < channels) {
+    write_scalar(sums.grad_scale, sums.type, own, total);
   }
 }
 
@@ -197,61 +233,52 @@ int power_of_two(int64_t n, int most) {
 
 template <class T>
 void launch_backward(
-    const Operands<T>& o, const ChannelLayout& layout, const Tensor& scale, double total,
-    Tensor& grad_scale, const Tensor& like, cudaStream_t stream) {
+    const Operands<T>& o, const ChannelLayout& layout, const Tensor& scale, double total, Tensor* grad_scale,
+    cudaStream_t stream) {
   constexpr int V = vector_length(sizeof(T));
   ScaleSource<Arithmetic<T>> source{scale.data_ptr(), dtype_of(scale), total};
-  bool need_share = o.a != nullptr;
   bool aligned = aligned16(o.grad) && aligned16(o.a) && aligned16(o.b) && aligned16(o.grad_a) && aligned16(o.grad_b);
   int64_t channels = layout.channels;
-  int64_t outer = layout.outer; // shares are [outer][channels][segments]
-  int64_t segments = 1;
-  Tensor buffer;
-  double* shares = nullptr;
-  auto make_shares = [&] {
-    if (need_share) {
-      STD_TORCH_CHECK(outer * segments <= kDividerLimit, "manpp_kernels: the tensor is too large for one launch");
-      buffer = scratch(like, outer * channels * segments * static_cast<int64_t>(sizeof(double)));
-      shares = static_cast<double*>(buffer.data_ptr());
+  Sums sums;
+  Tensor shares;
+  Arrivals counters;
+  // `most` slices have work to do; `columns` numbers are a unit's share.
+  auto divide = [&](int64_t units, int64_t most, int64_t columns) {
+    if (grad_scale != nullptr) {
+      most = std::min({most, std::max<int64_t>(1, kBlocks / units), kMostShares / columns});
+      sums.grad_scale = grad_scale->data_ptr();
+      sums.type = dtype_of(*grad_scale);
     }
+    if (grad_scale != nullptr && most > 1) {
+      shares = scratch(scale, units * most * columns * static_cast<int64_t>(sizeof(double)));
+      counters = arrivals(scale, stream, static_cast<uint32_t>(units));
+      sums.shares = static_cast<double*>(shares.data_ptr());
+      sums.counters = counters.counters;
+    }
+    uint32_t blocks = blocks_for(units * most, 1);
+    sums.units = static_cast<uint32_t>(units);
+    sums.slices = static_cast<uint32_t>(most);
+    return blocks;
   };
+  auto blocks_of = [](int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; };
   if (channels > 1 && layout.inner == 1) {
     bool vectors = aligned && channels % V == 0;
     int64_t groups = channels / (vectors ? V : 1);
-    int width = power_of_two(groups, kThreads);
-    int64_t per_block = std::max(kPixels, (layout.outer + kMostBlocks - 1) / kMostBlocks);
-    outer = blocks_for(layout.outer, per_block);
-    make_shares();
-    dim3 grid(static_cast<uint32_t>(outer), blocks_for(groups, width));
-    STD_TORCH_CHECK(grid.y <= 65535, "manpp_kernels: more than 16 million channels");
+    int width = power_of_two(groups, vectors ? kWidth<T, V> : kWidth<T, 1>);
+    int64_t at_once = static_cast<int64_t>(kFlight) * kThreads / width; // pixels
+    uint32_t blocks = divide(blocks_of(groups, width), blocks_of(layout.outer, at_once), width * (vectors ? V : 1));
+    int64_t per_slice = blocks_of(layout.outer, sums.slices);
     auto kernel = vectors ? backward_pixels_kernel<T, V> : backward_pixels_kernel<T, 1>;
-    launch_kernel(kName, kernel, grid, stream, o, layout.outer, per_block, channels, width, source, shares);
+    launch_kernel(kName, kernel, blocks, stream, o, layout.outer, per_slice, channels, width, source, sums);
   } else {
-    Rows rows;
     bool vectors = aligned && layout.inner % V == 0;
-    int64_t share_of_row = (layout.inner + kMostShares - 1) / kMostShares;
-    rows.length = layout.inner;
-    rows.segment = std::max(kSegment, (share_of_row + kSegment - 1) / kSegment * kSegment); // whole vectors
-    rows.per_row = segments = (rows.length + rows.segment - 1) / rows.segment;
-    rows.channels = channels;
-    rows.count = outer * channels * segments;
-    rows.lanes = power_of_two(rows.length / (vectors ? V : 1), 32);
-    make_shares();
+    int64_t per_row = blocks_of(layout.inner, kSegment);
+    int lanes = power_of_two(std::min(layout.inner, kSegment) / (vectors ? V : 1), 32);
+    uint32_t pieces = blocks_for(layout.outer * per_row, 1); // below 2^31: a piece's number and its step fit 32 bits
+    Rows rows{layout.inner, channels, static_cast<uint32_t>(per_row), pieces, static_cast<uint32_t>(lanes)};
+    uint32_t blocks = divide(channels, blocks_of(pieces, kThreads / lanes), 1);
     auto kernel = vectors ? backward_rows_kernel<T, V> : backward_rows_kernel<T, 1>;
-    launch_kernel(kName, kernel, blocks_for(rows.count, kThreads / rows.lanes), stream, o, rows, source, shares);
-  }
-  if (need_share) {
-    launch_kernel(
-        "sum_shares",
-        sum_shares_kernel,
-        static_cast<uint32_t>(channels),
-        stream,
-        shares,
-        static_cast<uint32_t>(outer * segments),
-        segments,
-        Divider(segments),
-        grad_scale.data_ptr(),
-        dtype_of(grad_scale));
+    launch_kernel(kName, kernel, blocks, stream, o, rows, source, sums);
   }
 }
 
@@ -277,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_mix_backward(
           t.need_scale ? static_cast<const T*>(t.b.data_ptr()) : nullptr,
           need_lb ? static_cast<T*>(t.grad_a.data_ptr()) : nullptr,
           need_ema ? static_cast<T*>(t.grad_b.data_ptr()) : nullptr};
-      launch_backward<T>(o, t.layout, scale, total, t.grad_scale, grad, stream);
+      launch_backward<T>(o, t.layout, scale, total, t.need_scale ? &t.grad_scale : nullptr, stream);
     });
   } else if (t.need_scale) {
     torch::stable::zero_(t.grad_scale);

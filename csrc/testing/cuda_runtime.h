@@ -32,6 +32,8 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 namespace manpp::emulation {
 
@@ -50,6 +52,10 @@ void launch(dim3 grid, uint32_t threads, const std::function<void()>& thread);
 // Returns when every thread of the block, or of the calling thread's warp, is here.
 void block_barrier();
 void warp_barrier();
+
+// The number of the stream and of the capture that the test says it is in; no capture is 0.
+extern unsigned long long stream_number;
+extern unsigned long long capture_number;
 
 // Where a lane of the calling thread's warp leaves 8 bytes for the others; two, so that a lane may be one ahead.
 uint64_t& mailbox(uint32_t lane);
@@ -76,6 +82,47 @@ T __shfl_down_sync(uint32_t mask, T value, uint32_t delta) {
   T result;
   std::memcpy(&result, &other, sizeof result);
   return result;
+}
+
+// Blocks run one after the other: there is nothing to wait for, and no cache to pass by.
+inline void __threadfence() {}
+
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+
+inline uint32_t atomicInc(uint32_t* p, uint32_t most) {
+  uint32_t found = *p;
+  *p = found >= most ? 0 : found + 1;
+  return found;
+}
+
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "";
+}
+
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* number) {
+  *number = ::manpp::emulation::stream_number;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamGetCaptureInfo(
+    cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* number) {
+  *number = ::manpp::emulation::capture_number;
+  *status = *number == 0 ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+  return cudaSuccess;
+}
+
+template <class T>
+cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
+  *address = &symbol;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
 }
 
 template <class T>

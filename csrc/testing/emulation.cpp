@@ -18,12 +18,15 @@
 #include "../cpu/ema_scale_update.h"
 #include "../cuda/common.cuh"
 #include "../cuda/ema_scale_update.h"
+#include "../cuda/reduce.cuh"
 
 namespace manpp::emulation {
 
 Index thread_index;
 Index block_index;
 Index grid_size;
+unsigned long long stream_number = 0;
+unsigned long long capture_number = 0;
 
 namespace {
 
@@ -219,19 +222,20 @@ cudaStream_t current_stream(int) {
   return nullptr;
 }
 
-// Whether the test says that the stream is being captured; nothing is recorded, everything runs at once.
-static bool capturing = false;
-
-extern "C" __attribute__((visibility("default"))) void manpp_emulate_capture(int32_t on) {
-  capturing = on != 0;
+// The stream that the test says is the current one, and what is being captured from it (0: nothing). Nothing is
+// recorded, everything runs at once.
+extern "C" __attribute__((visibility("default"))) void manpp_emulate_stream(uint64_t stream, uint64_t capture) {
+  emulation::stream_number = stream;
+  emulation::capture_number = capture;
 }
 
 bool is_capturing(cudaStream_t) {
-  return capturing;
+  return emulation::capture_number != 0;
 }
 
 void wait_for(cudaStream_t) {
-  STD_TORCH_CHECK(!capturing, "manpp_kernels, emulated: a stream that is being captured cannot be waited for");
+  STD_TORCH_CHECK(
+      emulation::capture_number == 0, "manpp_kernels, emulated: a stream that is being captured cannot be waited for");
 }
 
 static std::vector<std::string> launched;
@@ -249,6 +253,15 @@ extern "C" __attribute__((visibility("default"))) const char* manpp_emulated_lau
   }
   launched.clear();
   return names.c_str();
+}
+
+// The address of the counters that a launch would get now, with `count` of them at zero; 0 where they would be of that
+// launch alone.
+extern "C" __attribute__((visibility("default"))) uint64_t manpp_emulated_counters(uint32_t* count) {
+  const int64_t none = 0;
+  Arrivals found = arrivals(torch::stable::empty({&none, 1}), nullptr, kMostArrivals);
+  *count = static_cast<uint32_t>(std::count(found.counters, found.counters + kMostArrivals, 0u));
+  return found.own.defined() ? 0 : reinterpret_cast<uint64_t>(found.counters);
 }
 
 // All bits set: NaN as a floating-point number, so that a share nobody wrote shows.

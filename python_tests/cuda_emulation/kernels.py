@@ -21,9 +21,12 @@ from manpp_kernels import EmaPlan, detach_copy, ema_scale_update, scale_bias_mix
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 EMULATION = ctypes.CDLL(os.environ["MANPP_EMULATED"])
 EMULATION.manpp_emulated_launches.restype = ctypes.c_char_p
+EMULATION.manpp_emulated_counters.restype = ctypes.c_uint64
 
 CHUNK = 4096  # csrc/cuda/chunks.cuh, as are the capacities of a table without and with effective weights
 CAPACITY, CAPACITY_WITH_WEIGHTS = 1216, 704
+GROUPS = 256  # csrc/cuda/ema_scale_update_backward.cu: of one launch
+COUNTERS, OWNERS = 512, 512  # csrc/cuda/reduce.cuh and arrivals.cu: of one launch, and who may have so many
 # (ema, params, bias) that there are kernels for, and some that go to the kernel for any mix.
 SPECIALISED = [
     (F32, F32, F32),
@@ -41,19 +44,33 @@ def launches() -> list[str]:
     return names.split(",") if names else []
 
 
+def current_stream(stream: int = 0, capture: int = 0) -> None:
+    """What the emulation says of the current stream: its number, and that of the capture it is in, if any."""
+    EMULATION.manpp_emulate_stream(ctypes.c_uint64(stream), ctypes.c_uint64(capture))
+
+
+def counters() -> int:
+    """Where the current stream's counters of arrivals are (0 where each launch gets its own); all have to be 0."""
+    zeros = ctypes.c_uint32()
+    address = EMULATION.manpp_emulated_counters(ctypes.byref(zeros))
+    assert zeros.value == COUNTERS
+    return address
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     with manpp_kernels.use_backend("cpu"):
         launches()
         yield
+    counters()
 
 
 @pytest.fixture
 def capture() -> Iterator[None]:
     """As if a CUDA graph were being captured."""
-    EMULATION.manpp_emulate_capture(1)
+    current_stream(capture=1)
     yield
-    EMULATION.manpp_emulate_capture(0)
+    current_stream()
 
 
 def random(shape: tuple[int, ...] | int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -142,36 +159,89 @@ def test_no_work_launches_nothing() -> None:
     assert launches() == []
 
 
+def effective_weights_backward(
+    sizes: list[int], groups: list[int], scale: Tensor, dtype: torch.dtype, runs: int = 3
+) -> list[str]:
+    """Checks the gradients of ``scale`` and bias, whose bits no order of blocks may change; returns the launches."""
+    count = len(sizes)
+    ema, params, bias, grads = ([random(n, dtype, i + j) for i, n in enumerate(sizes)] for j in range(4))
+    bias = [b.requires_grad_() for b in bias]
+    results = []
+    for _ in range(runs):  # blocks and threads run in another order each time
+        s = scale.clone().requires_grad_()
+        out = ema_scale_update([e.clone() for e in ema], params, 0.5, scale=s, bias=bias, groups=groups)
+        launches()
+        results.append(torch.autograd.grad(out, [s, *bias], grads))
+        names = launches()
+    for again in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], again, strict=True))
+    exact = torch.zeros(scale.numel(), dtype=F64)
+    magnitude = torch.zeros_like(exact)
+    for i in range(count):
+        updated = (0.5 * ema[i].double() + 0.5 * params[i].double()).to(dtype).double()
+        terms = grads[i].double() * (bias[i].detach().double() - updated)
+        exact[groups[i]] += terms.sum()
+        magnitude[groups[i]] += terms.abs().sum()
+    assert ((results[0][0].reshape(-1).double() - exact).abs() <= 1e-5 * magnitude).all()
+    for got, g, group in zip(results[0][1:], grads, groups, strict=True):
+        torch.testing.assert_close(got, (float(scale.reshape(-1)[group]) * g.double()).to(dtype))
+    return names
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 @pytest.mark.parametrize("count", [5, CAPACITY_WITH_WEIGHTS + 3])
 def test_backward_over_many_tensors(dtype: torch.dtype, count: int) -> None:
     sizes = [0 if i % 11 == 4 else 3 * CHUNK + 5 if i % 499 == 0 else 1 + i % 6 for i in range(count)]
-    ema = [random(n, dtype, i) for i, n in enumerate(sizes)]
-    params = [random(n, dtype, i + 1) for i, n in enumerate(sizes)]
-    bias = [random(n, dtype, i + 2).requires_grad_() for i, n in enumerate(sizes)]
-    grads = [random(n, dtype, i + 3) for i, n in enumerate(sizes)]
-    groups = [i * 3 % 5 for i in range(count)]
-    results = []
-    for _ in range(3):  # blocks and threads run in another order each time
-        scale = torch.tensor([0.25, 1.5, -0.75, 1.0, 2.0], requires_grad=True)
-        launches()
-        out = ema_scale_update([e.clone() for e in ema], params, 0.5, scale=scale, bias=bias, groups=groups)
-        launches()
-        results.append(torch.autograd.grad(out, [scale, *bias], grads))
-        tables = 0 if count <= CAPACITY_WITH_WEIGHTS else -(-count // CAPACITY_WITH_WEIGHTS)
-        assert launches() == ["write_chunks"] * tables + ["ema_scale_update_backward", "sum_shares"]
-    for again in results[1:]:
-        assert all(same_bits(a, b) for a, b in zip(results[0], again, strict=True))
-    exact = torch.zeros(5, dtype=F64)
-    magnitude = torch.zeros(5, dtype=F64)
-    for g, b, e, p, group in zip(grads, bias, ema, params, groups, strict=True):
-        updated = (0.5 * e.double() + 0.5 * p.double()).to(dtype).double()
-        terms = g.double() * (b.detach().double() - updated)
-        exact[group] += terms.sum()
-        magnitude[group] += terms.abs().sum()
-    assert ((results[0][0].double() - exact).abs() <= 1e-5 * magnitude).all()
-    for got, g, group in zip(results[0][1:], grads, groups, strict=True):
-        torch.testing.assert_close(got, (float([0.25, 1.5, -0.75, 1.0, 2.0][group]) * g.double()).to(dtype))
+    scale = torch.tensor([0.25, 1.5, -0.75, 1.0, 2.0])
+    tables = 0 if count <= CAPACITY_WITH_WEIGHTS else -(-count // CAPACITY_WITH_WEIGHTS)
+    names = effective_weights_backward(sizes, [i * 3 % 5 for i in range(count)], scale, dtype)
+    assert names == ["write_chunks"] * tables + ["ema_scale_update_backward"]
+
+
+def test_backward_of_one_group_with_more_shares_than_threads() -> None:
+    scale = torch.tensor(0.75)
+    assert effective_weights_backward([300 * CHUNK + 1], [0], scale, BF16) == ["ema_scale_update_backward"]
+
+
+@pytest.mark.parametrize("groups", [16, GROUPS, GROUPS + 2, 3 * GROUPS])
+def test_backward_of_many_groups(groups: int) -> None:
+    # In no order; a third of the groups has no elements, and some have no tensors: their sums are 0.
+    scale = torch.linspace(-1, 2, groups)
+    numbers = [i * 7 % groups for i in range(2 * groups) if i * 7 % groups % 5]
+    sizes = [0 if g % 3 == 0 else CHUNK + 1 if g % 16 == 1 else 1 + i % 5 for i, g in enumerate(numbers)]
+    names = effective_weights_backward(sizes, numbers, scale, F32)
+    assert names == ["ema_scale_update_backward"] * -(-groups // GROUPS)
+
+
+def test_backward_without_elements() -> None:
+    assert effective_weights_backward([0, 0], [1, 0], torch.ones(3), F32) == []
+
+
+def test_a_stream_and_a_capture_have_counters_of_their_own() -> None:
+    default = counters()
+    owners = [(stream, capture) for stream in (1, 2) for capture in (0, 7, 8)]
+    found = {}
+    for owner in owners:
+        current_stream(*owner)
+        found[owner] = counters()
+    assert len({default, *found.values()}) == 1 + len(owners)
+    assert all(abs(a - b) >= 4 * COUNTERS for a, b in itertools.combinations([default, *found.values()], 2))
+    for owner in owners:  # for good
+        current_stream(*owner)
+        assert counters() == found[owner]
+    # Graphs do not end as far as anyone can tell: at last their launches get counters that are cleared before each.
+    for capture in range(100, 100 + OWNERS):
+        current_stream(1, capture)
+        last = counters()
+    assert last == 0
+    assert effective_weights_backward([3 * CHUNK, 5], [1, 0], torch.ones(2), F32) == ["ema_scale_update_backward"]
+    scale = torch.ones(3, requires_grad=True)
+    scale_bias_mix(torch.ones(2, 3, 80, 80), torch.zeros(2, 3, 80, 80), scale).sum().backward()
+    assert torch.equal(scale.grad, torch.full((3,), 12800.0))
+    current_stream(1)
+    assert counters() == found[1, 0]
+    current_stream()
+    assert counters() == default
 
 
 # -------------------------------------------------------------------------------------------------- EmaPlan
@@ -201,13 +271,13 @@ def test_a_plan_built_inside_a_capture() -> None:
     plan.update(0.5)
     plan.update(0.5)  # of another graph, perhaps the first to run
     assert launches() == ["write_chunks", "ema_scale_update"] * 2
-    EMULATION.manpp_emulate_capture(0)
+    current_stream()
     before = [e.clone() for e in ema]
     plan.update(0.5)
     plan.update(0.5)
     assert launches() == ["write_chunks", "ema_scale_update", "ema_scale_update"]
     assert_ema_step([(e + p) / 2 for e, p in zip(before, params, strict=True)], before, params, 0.5)
-    EMULATION.manpp_emulate_capture(1)
+    current_stream(capture=1)
     plan.update(0.5)
     assert launches() == ["ema_scale_update"]
 
@@ -228,7 +298,7 @@ def test_nothing_is_waited_for_inside_a_capture() -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned", "transposed"])
 def test_mix_does_not_depend_on_the_order_of_threads(dtype: torch.dtype, layout: str) -> None:
-    # Rows, pixels and neither, in whole vectors and not; several segments of a row, several blocks of pixels.
+    # Rows, pixels and neither, in whole vectors and not; one block of a sum and several, some of them without work.
     shapes = [(3, 16, 8, 8), (2, 5, 7, 7), (2, 64, 3, 3), (2, 3, 40, 60), (70, 9, 1, 1), (2, 40, 16, 16), (150, 8, 2)]
     for shape, per_channel in itertools.product(shapes, (False, True)):
         results = []
@@ -241,11 +311,40 @@ def test_mix_does_not_depend_on_the_order_of_threads(dtype: torch.dtype, layout:
             assert launches() == ["scale_bias_mix"]
             grad = Sample(shape, dtype, layout, seed=5).view
             results.append([out, *torch.autograd.grad(out, (lb, ema, scale), grad)])
-            assert launches() == ["scale_bias_mix_backward", "sum_shares"]
+            assert launches() == ["scale_bias_mix_backward"]
         for again in results[1:]:
             assert all(same_bits(a, b) for a, b in zip(results[0], again, strict=True)), (shape, per_channel)
         with manpp_kernels.use_backend("eager"):
             torch.testing.assert_close(results[0][0], scale_bias_mix(lb, ema, scale))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "per_channel"),
+    [
+        ((2, 1, 1100, 1000), False),  # more segments than blocks of a launch
+        ((1, 700, 9, 8), True),  # more sums than blocks, and than counters
+        ((300, 520, 2), True),
+        ((40, 300, 8, 4), True),  # three blocks a sum
+        ((90, 64, 12, 12), True),
+        ((60, 3, 40, 40), True),
+    ],
+    ids=str,
+)
+def test_gradient_of_a_mix_scale(shape: tuple[int, ...], per_channel: bool, layout: str) -> None:
+    lb, ema, grad = (Sample(shape, BF16, layout, seed=i).view for i in range(3))
+    results = []
+    for _ in range(2):
+        scale = torch.ones(shape[1] if per_channel else (), requires_grad=True)
+        out = scale_bias_mix(lb, ema, scale)
+        launches()
+        results += torch.autograd.grad(out, scale, grad)
+        assert launches() == ["scale_bias_mix_backward"]
+    assert same_bits(*results)
+    terms = grad.double() * (lb.double() - ema.double())
+    dims = [d for d in range(lb.dim()) if d != 1 or not per_channel]
+    exact, magnitude = terms.sum(dims), terms.abs().sum(dims)
+    assert ((results[0].double() - exact.reshape(scale.shape)).abs() <= 1e-6 * magnitude).all()
 
 
 @pytest.mark.parametrize(("source", "result"), list(itertools.product((F32, BF16, F16), repeat=2)), ids=str)
