@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 import manpp_kernels
 from manpp_kernels.backends import eager, triton_interpreted
-from manpp_kernels.backends.triton import scale_bias_mix, scale_bias_mix_backward
+from manpp_kernels.backends.triton import scale_bias_mix, scale_bias_mix_backward, tables
 
 DEVICE = "cpu" if triton_interpreted() else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -107,6 +109,26 @@ def test_reduction_is_the_same_every_time_and_leaves_no_trace() -> None:
     for scale in scales(3):
         first, second = (scale_bias_mix_backward(grad, lb, ema, scale, 2.0, False, False)[2] for _ in range(2))
         assert torch.equal(first, second)
+
+
+def test_captures_take_counters_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(tables, "RESERVE", 10)
+    monkeypatch.setattr(tables, "_reserves", {})
+    monkeypatch.setattr(tables, "_counters", {})
+    capturing = True
+    monkeypatch.setattr(tables, "_capturing", lambda device: capturing)
+    found = [tables.zero_counters(4, device)]  # without a reserve, which is not made inside a capture
+    assert not tables._reserves
+    capturing = False
+    found.append(tables.zero_counters(4, device))
+    assert tables.zero_counters(4, device) is found[1]  # a stream's own
+    capturing = True
+    found += [tables.zero_counters(4, device) for _ in range(3)]  # the last finds too few left
+    assert all(x.tolist()[:4] == [0] * 4 for x in found)
+    ranges = sorted((x.data_ptr(), x.data_ptr() + 16) for x in found)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
+    assert len(tables._reserves[device]) == 2
 
 
 @pytest.mark.parametrize("last", [False, True])

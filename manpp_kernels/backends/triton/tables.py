@@ -205,15 +205,32 @@ def _upload(
 _captured: list[Tensor] = []
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
+# Counters that captures may take, on each device: 1 MB, several hundred launches at the least.
+RESERVE = 1 << 18
+_reserves: dict[torch.device, Tensor] = {}
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
 
 def zero_counters(count: int, device: torch.device) -> Tensor:
     """``count`` int32 counters at zero, for a kernel that leaves them at zero: no launch to clear them.
 
-    Kept for each stream, as two launches may share counters only where one follows the other. A graph being captured
-    gets its own, which it clears at each replay, as nothing says on which streams it will be replayed.
+    Kept for each stream, as two launches may share counters only where one follows the other. Nothing says on which
+    streams a graph will be replayed, nor when it ends: each launch that is captured takes counters from a reserve, for
+    good. The reserve is made by the first launch outside a capture; without one, a graph clears the counters itself.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
+    if _capturing(device):
+        reserve = _reserves.get(device)
+        if reserve is None or len(reserve) < count:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _reserves[device] = reserve[count:]
+        return reserve[:count]
+    if device not in _reserves:
+        _reserves[device] = torch.zeros(RESERVE, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # once: graphs are replayed on any stream
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     counters = _counters.get((device, stream))
     if counters is None or counters.numel() < count:
