@@ -52,7 +52,10 @@ doctor() { "$PYTHON" -m manpp_kernels.cli doctor; }
 tests() {
   local workers=()
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-  "$PYTHON" -m pytest python_tests -p no:cacheprovider --no-header -ra "${workers[@]}"
+  # On a GPU, without what needs none and would compile for minutes: it would take the time of the tests that do.
+  local elsewhere=()
+  [ "$DEVICE" = cuda ] && elsewhere=(--ignore-glob='*/test_*machine_code.py' --ignore-glob='*/test_cuda_emulation.py')
+  "$PYTHON" -m pytest python_tests -p no:cacheprovider --no-header -ra "${elsewhere[@]}" "${workers[@]}"
 }
 
 # Without PyTorch's caching allocator, so that each tensor is an allocation of its own with an end that is watched.
