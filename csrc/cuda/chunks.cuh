@@ -10,6 +10,11 @@ namespace manpp::cuda {
 // 16-byte loads of float32 in flight a thread.
 constexpr int kChunk = 16 * kThreads;
 
+// Elements that a thread takes at a time, one by one, where they are not worked on in vectors. It loads all of them
+// before it stores the first: the compiler moves no load past a store that may go to the same place, and a chunk of n
+// elements would wait for memory n / kThreads times, one after the other.
+constexpr int kBatch = 8;
+
 // A stretch of one tensor; the addresses are those of its first element.
 struct alignas(16) Chunk {
   void* ema;

@@ -75,23 +75,38 @@ struct Typed {
       }
       return;
     }
-    // The last chunk of a tensor, and tensors that start off a 16-byte boundary.
+    // The last chunk of a tensor, and tensors that start off a 16-byte boundary. In batches: see kBatch.
     assume_global(ema);
     assume_global(param);
     if constexpr (kWeights) {
       assume_global(bias);
       assume_global(out);
     }
-    for (int at = threadIdx.x; at < c.n; at += kThreads) {
-      E e = ema[at];
-      Bias b{};
-      if constexpr (kWeights) {
-        b = bias[at];
+    for (int first = threadIdx.x; first < c.n; first += kBatch * kThreads) {
+      E e[kBatch]{};
+      P p[kBatch]{};
+      Bias b[kBatch]{};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        int at = first + i * kThreads;
+        if (at < c.n) {
+          e[i] = ema[at];
+          p[i] = param[at];
+          if constexpr (kWeights) {
+            b[i] = bias[at];
+          }
+        }
       }
-      element<Stochastic>(e, param[at], b, b, f, key, number + at);
-      ema[at] = e;
-      if constexpr (kWeights) {
-        out[at] = b;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        int at = first + i * kThreads;
+        if (at < c.n) {
+          element<Stochastic>(e[i], p[i], b[i], b[i], f, key, number + at);
+          ema[at] = e[i];
+          if constexpr (kWeights) {
+            out[at] = b[i];
+          }
+        }
       }
     }
   }

@@ -77,13 +77,30 @@ __device__ __forceinline__ float typed_share(const Chunk& c, float scale, bool n
     }
     return sum;
   }
-  for (int at = threadIdx.x; at < c.n; at += kThreads) {
-    float g = static_cast<float>(grad[at]);
-    if (need_share) {
-      sum += scale_grad(g, static_cast<float>(bias[at]), static_cast<float>(ema[at]));
+  for (int first = threadIdx.x; first < c.n; first += kBatch * kThreads) {
+    T g[kBatch]{};
+    T b[kBatch]{};
+    T e[kBatch]{};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      int at = first + i * kThreads;
+      if (at < c.n) {
+        g[i] = grad[at];
+        if (need_share) {
+          b[i] = bias[at];
+          e[i] = ema[at];
+        }
+      }
     }
-    if (out != nullptr) {
-      out[at] = static_cast<T>(scale * g);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      int at = first + i * kThreads;
+      if (at < c.n) {
+        sum += scale_grad(static_cast<float>(g[i]), static_cast<float>(b[i]), static_cast<float>(e[i]));
+        if (out != nullptr) {
+          out[at] = static_cast<T>(scale * static_cast<float>(g[i]));
+        }
+      }
     }
   }
   return sum;
