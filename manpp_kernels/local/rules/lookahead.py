@@ -50,16 +50,16 @@ class SharedUnit(nn.Module):
 
     def __init__(self, unit: nn.Module) -> None:
         super().__init__()
-        shape = copy_unit(unit, "copy", lambda _: None, trainable=False)
-        names = [name for name, _ in shape.named_parameters()]
-        kept = {name for name, _ in shape.named_buffers()}
-        # In lists, so that neither the user's tensors nor the empty form they are put into are registered here.
-        self._form = [shape.to("meta")]
-        self._tensors = dict(zip(names, unit.parameters(), strict=True))
-        self._tensors |= {name: buffer for name, buffer in unit.named_buffers() if name in kept}
+        form = copy_unit(unit, "copy", lambda _: None, trainable=False).to("meta")
+        # In lists, so that neither the user's unit nor the empty form its tensors are put into is registered here.
+        self._unit, self._form = [unit], [form]
+        self._buffers_read = {name for name, _ in form.named_buffers()}
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.func.functional_call(self._form[0], self._tensors, (x,))
+        (unit,), (form,) = self._unit, self._form
+        tensors: dict[str, Tensor] = dict(unit.named_parameters())
+        tensors |= {name: buffer for name, buffer in unit.named_buffers() if name in self._buffers_read}
+        return torch.func.functional_call(form, tensors, (x,))
 
 
 @register("lookahead")
