@@ -156,6 +156,22 @@ class TestCommand:
         monkeypatch.setattr(LocalTrainer, "step", step)
         assert main(["compare", "--config", str(path), "--out", str(out)]) == 0
 
+    def test_steps_timed_in_turns_take_the_place_of_what_runs_took(
+        self, done: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        path, out = done[0], tmp_path / "copy"
+        shutil.copytree(done[1], out)
+        assert main(["compare", "--config", str(path), "--out", str(out), "--time", "2"]) == 0
+        times = json.loads((out / "step_times.json").read_text())
+        assert times["rounds"] == 2
+        assert list(times["seconds"]) == list(VARIANTS)
+        before, after = (json.loads((folder / "comparison.json").read_text()) for folder in (done[1], out))
+        for old, new in zip(before["variants"], after["variants"], strict=True):
+            assert new["seconds_per_step"] == times["seconds"][new["name"]] != old["seconds_per_step"]
+            assert new["runs"] == old["runs"]
+        assert "the median over epochs and seeds" in (done[1] / "comparison.md").read_text()
+        assert "the median of 2 that all variants took in turns" in (out / "comparison.md").read_text()
+
     def test_other_settings_are_refused(self, done: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
         path, out = done
         error = refused(capsys, "--config", str(path), "--out", str(out), "--epochs", "3")
@@ -212,6 +228,7 @@ class TestCommand:
         path = str(done[0])
         assert "no variant 'e2' (did you mean e2e?)" in refused(capsys, "--config", path, "--only", "e2")
         assert "positive number of minutes" in refused(capsys, "--config", path, "--time-limit", "0")
+        assert "positive number of steps" in refused(capsys, "--config", path, "--time", "0")
         assert "cannot be read" in refused(capsys, "--config", "no.yaml")
         assert "--config" in refused(capsys)
 

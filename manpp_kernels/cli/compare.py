@@ -63,6 +63,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--only", action="append", metavar="NAME", help="train this variant only; repeatable")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="stop after so long; run again to continue")
     parser.add_argument("--table", action="store_true", help="train nothing: the table of what is there")
+    parser.add_argument(
+        "--time",
+        type=int,
+        metavar="ROUNDS",
+        help="train nothing: time so many steps of all variants in turns, for the table",
+    )
     group = parser.add_argument_group("instead of what the file says, for every variant")
     for spec in (*options_of(DataConfig), *options_of(RunConfig)):
         if spec.name not in _OURS:
@@ -70,12 +76,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from manpp_kernels.cli import comparison_times
     from manpp_kernels.cli.comparison import collect, markdown, write
     from manpp_kernels.cli.display import Display
 
     if args.time_limit is not None and not args.time_limit > 0:
         raise UserError(f"--time-limit has to be a positive number of minutes, and is {args.time_limit:g}")
-    ours = ("command", "config", "out", "only", "time_limit", "table")
+    if args.time is not None and args.time < 1:
+        raise UserError(f"--time has to be a positive number of steps, and is {args.time}")
+    ours = ("command", "config", "out", "only", "time_limit", "table", "time")
     given = {name: value for name, value in vars(args).items() if name not in ours}
     comparison = read(args.config, given)
     folder: Path = getattr(args, "out", Path("runs") / args.config.stem)
@@ -88,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
     def table() -> None:
         write(collect(comparison, folder), folder)
 
-    if not args.table:
+    if args.time is not None:
+        comparison_times.measure(comparison, folder, args.time)
+    elif not args.table:
         deadline = None if args.time_limit is None else monotonic() + 60 * args.time_limit
         try:
             outcome = _train_all(runs, folder, display, deadline, table)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manpp_kernels.checkpoint import atomic_path
+from manpp_kernels.cli import comparison_times
 from manpp_kernels.cli.logs import read_csv
 from manpp_kernels.cli.observe import BLOCKS_NAME
 from manpp_kernels.cli.recipe import default_lr
@@ -31,6 +32,7 @@ def collect(comparison: Comparison, folder: Path) -> dict[str, Any]:
 
     variants = []
     summaries = []
+    times = comparison_times.read(folder)
     for variant in comparison.variants:
         runs = []
         settings = next(iter(variant.runs.values()))
@@ -41,8 +43,11 @@ def collect(comparison: Comparison, folder: Path) -> dict[str, Any]:
             summary = json.loads((path / SUMMARY_NAME).read_text(encoding="utf-8"))
             summaries.append(summary)
             runs.append(_run(seed, summary, path))
-        row = {"name": variant.name, "rule": settings.trainer.rule, "options": variant.options}
-        variants.append({**row, "seeds": list(variant.runs), **_over_seeds(runs), "runs": runs})
+        row: dict[str, Any] = {"name": variant.name, "rule": settings.trainer.rule, "options": variant.options}
+        row |= {"seeds": list(variant.runs), **_over_seeds(runs), "runs": runs}
+        if runs and times is not None and variant.name in times["seconds"]:
+            row["seconds_per_step"] = times["seconds"][variant.name]
+        variants.append(row)
     recipes = [_recipe(settings) for _, _, settings in comparison.runs()]
     return {
         "title": comparison.title,
@@ -51,6 +56,7 @@ def collect(comparison: Comparison, folder: Path) -> dict[str, Any]:
         "shared": _merged([{name: s[name] for name in _SHARED} for s in summaries]),
         "runs_done": len(summaries),
         "runs_wanted": len(recipes),
+        "steps_timed_in_turns": None if times is None else times["rounds"],
         "variants": variants,
     }
 
@@ -206,10 +212,12 @@ def _conditions(results: dict[str, Any]) -> str:
 
 def _legend(results: dict[str, Any]) -> str:
     kinds = {run["memory"] for variant in results["variants"] for run in variant["runs"]}
+    rounds = results.get("steps_timed_in_turns")
+    timed = f"the median of {rounds} that all variants took in turns" if rounds else "the median over epochs and seeds"
     return (
         "Accuracy after the last epoch: mean over the seeds ± standard deviation of a sample. Memory: "
-        f"{', '.join(sorted(kinds))}; in brackets the share of end to end. Step time: the median over epochs and "
-        "seeds. Auxiliary: parameters that are trained beside the network; EMA: those that are averaged."
+        f"{', '.join(sorted(kinds))}; in brackets the share of end to end. Step time: {timed}. "
+        "Auxiliary: parameters that are trained beside the network; EMA: those that are averaged."
     )
 
 

@@ -15,27 +15,25 @@ from matplotlib.ticker import MaxNLocator
 
 Variants = Sequence[dict[str, Any]]
 
-# Title, and a run's value in the unit of the title.
-_PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
-    ("test accuracy (%)", lambda run: 100 * run["accuracy"]),
-    ("peak memory (MiB)", lambda run: (run["peak_memory_bytes"] or 0) / 2**20),
-    ("ms a step", lambda run: 1e3 * run["seconds_per_step"]),
-    ("auxiliary parameters (thousands)", lambda run: run["auxiliary_parameters"] / 1e3),
+# Title, and a variant's value in the unit of the title.
+_BARS: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+    ("peak memory (MiB)", lambda variant: (variant["peak_memory_bytes"] or 0) / 2**20),
+    ("ms a step", lambda variant: 1e3 * variant["seconds_per_step"]),
+    ("auxiliary parameters (thousands)", lambda variant: variant["auxiliary_parameters"] / 1e3),
 )
 
 
 def plot_variants(variants: Variants, path: Path) -> None:
     """A line a variant: accuracy of each seed and their mean; memory, step time and auxiliary parameters as bars."""
-    figure = Figure(figsize=(4 * len(_PANELS), 1.2 + 0.32 * len(variants)), layout="constrained")
-    panels = figure.subplots(1, len(_PANELS), sharey=True)
+    figure = Figure(figsize=(4 + 4 * len(_BARS), 1.2 + 0.32 * len(variants)), layout="constrained")
+    panels = figure.subplots(1, 1 + len(_BARS), sharey=True)
     places = range(len(variants))
-    for axes, (title, value) in zip(panels, _PANELS, strict=True):
-        found = [[value(run) for run in variant["runs"]] for variant in variants]
-        if axes is panels[0]:
-            _dots(axes, found)
-        else:
-            axes.barh(places, [statistics.median(values) for values in found], 0.6, color="#1f6fb4")
+    panels[0].set(title="test accuracy (%)")
+    _dots(panels[0], [[100 * run["accuracy"] for run in variant["runs"]] for variant in variants])
+    for axes, (title, value) in zip(panels[1:], _BARS, strict=True):
         axes.set(title=title)
+        axes.barh(places, [value(variant) for variant in variants], 0.6, color="#1f6fb4")
+    for axes in panels:
         axes.grid(alpha=0.3, axis="x")
     panels[0].set_yticks(list(places), [variant["name"] for variant in variants])
     panels[0].invert_yaxis()

@@ -131,6 +131,30 @@ def train(
     return Result(folder, history, trainer.interrupted, device.type == "cuda")
 
 
+def prepared_step(settings: Settings) -> Callable[[], None]:
+    """A training step of such a run, with everything ready, on the same batch every time; returns when it is done.
+
+    Raises:
+        UserError: the settings do not fit each other, the data or this machine.
+    """
+    device = _device(settings.run.device)
+    if settings.run.threads is not None:
+        torch.set_num_threads(settings.run.threads)
+    with _as_user_errors():
+        data = _data(settings)
+        loader, _ = _loaders(settings, data, device)
+        torch.manual_seed(settings.run.seed)
+        trainer = _trainer(settings, device, data, len(loader), None)
+    batch = next(iter(loader))
+
+    def step() -> None:
+        trainer.step(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return step
+
+
 def resume_hint(folder: Path) -> str:
     """The sentence that an interrupted run ends with."""
     return (
