@@ -38,8 +38,12 @@ export TEST_REQUIRES
 
 .PHONY: demo test bench compat clean
 
-demo: $(VENV)/.with-train
+# What `make test` installed will do. The demo alone, where there is no GPU, does without the minutes that CUDA kernels take
+# to compile.
+demo: $(or $(wildcard $(VENV)/.with-test),$(VENV)/.with-train)
 	$(BIN)/manpp demo
+
+$(VENV)/.with-train: export MANPP_CUDA ?= $(if $(shell command -v nvidia-smi),auto,off)
 
 test: $(VENV)/.with-test
 	$(BIN)/ruff check .
