@@ -98,5 +98,17 @@ def _check_out(x: Tensor, out: Tensor, dtype: torch.dtype | None, memory_format:
         raise ValueError(f"out is on {out.device}, x on {x.device}")
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("out requires grad: a copy into it would not be isolated; pass out.detach()")
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not _clearly_apart(x, out):
         _checks.check_no_overlap([("out", 0, out)], [("x", 0, x)])
+
+
+def _clearly_apart(x: Tensor, out: Tensor) -> bool:
+    """Whether two plain tensors fill stretches of memory that do not meet: the usual case, told in a microsecond."""
+    if type(x) is not Tensor or type(out) is not Tensor or not (_fills(x) and _fills(out)):
+        return False
+    a, b = x.data_ptr(), out.data_ptr()
+    return a != 0 and b != 0 and (a + x.nbytes <= b or b + out.nbytes <= a)
+
+
+def _fills(t: Tensor) -> bool:
+    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
