@@ -36,7 +36,8 @@ class Goal:
     def verdict(self) -> str:
         if self.met:
             return "met"
-        return f"missed by {abs(self.value - self.bar) / self.bar:.0%}"
+        share = abs(self.value - self.bar) / self.bar
+        return f"missed by {share:.0%}" if share >= 0.01 else f"missed by {share:.1%}"
 
 
 def fraction_of_floor(row: dict[str, Any]) -> float:
