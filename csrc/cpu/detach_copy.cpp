@@ -1,4 +1,4 @@
-// detach_copy on the CPU: cast and change of memory format in one pass.
+// detach_copy on the CPU: a change of memory format, and a cast with it, in one pass.
 #include <algorithm>
 #include <cstring>
 
@@ -11,9 +11,15 @@ namespace manpp::cpu {
 namespace {
 
 constexpr int64_t kGrain = 32768; // elements below which a second thread is not worth waking
-// A tile is read and written four cache lines of float at a time, and a float tile of 16 KB leaves half of a first-level
-// cache to the lines that are read.
+// A tile is kTile rows of four cache lines: runs of memory long enough for the processor to foresee, 16 KB in all, which
+// leaves half of a first-level cache to the lines that are read.
 constexpr int64_t kTile = 64;
+constexpr int64_t kRowBytes = 256;
+constexpr int64_t kLongest = kRowBytes / 2; // elements of a row
+
+inline int64_t row_length(DType read) {
+  return kRowBytes / element_size(read);
+}
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -108,25 +114,25 @@ struct Copy {
 // buffer: rows that lie a power of two apart share the places in a cache, and would drive one another out of it.
 void transpose_tile(const Copy& c, const void* x, void* y, int64_t rows, int64_t columns, int64_t row, int64_t column) {
   int64_t height = std::min(kTile, rows - row);
-  int64_t width = std::min(kTile, columns - column);
-  alignas(64) float crossed[kTile * kTile];
-  alignas(64) uint16_t narrow[kTile * kTile];
-  alignas(64) float line[kTile];
+  int64_t width = std::min(row_length(c.from), columns - column);
+  alignas(64) uint16_t crossed[kTile * kLongest]; // or half as many floats
+  alignas(64) uint16_t narrow[kTile * kLongest];
+  alignas(64) float line[kLongest];
   x = at(x, c.from, row * columns + column);
   int64_t stride = columns;
   DType crossing = c.from;
   if (c.from != c.to && c.to != DType::f32) {
     for (int64_t i = 0; i < height; ++i) {
-      convert_line(c.from, c.to, at(x, c.from, i * columns), width, narrow + i * kTile, line);
+      convert_line(c.from, c.to, at(x, c.from, i * columns), width, narrow + i * kLongest, line);
     }
     x = narrow;
-    stride = kTile;
+    stride = kLongest;
     crossing = c.to;
   }
   if (crossing == DType::f32) {
     transpose_bits(static_cast<const uint32_t*>(x), stride, height, width, reinterpret_cast<uint32_t*>(crossed));
   } else {
-    transpose_bits(static_cast<const uint16_t*>(x), stride, height, width, reinterpret_cast<uint16_t*>(crossed));
+    transpose_bits(static_cast<const uint16_t*>(x), stride, height, width, crossed);
   }
   for (int64_t j = 0; j < width; ++j) {
     const void* from = at(crossed, crossing, j * kTile);
@@ -145,17 +151,18 @@ void transpose(const Copy& c, int64_t batch, int64_t rows, int64_t columns) {
     int64_t column;
   };
   int64_t down = (rows + kTile - 1) / kTile;
-  int64_t across = (columns + kTile - 1) / kTile;
+  int64_t length = row_length(c.from);
+  int64_t across = (columns + length - 1) / length;
   auto place_of = [=](int64_t tile) {
     int64_t within = tile % (down * across);
-    return Place{tile / (down * across) * rows * columns, within / across * kTile, within % across * kTile};
+    return Place{tile / (down * across) * rows * columns, within / across * kTile, within % across * length};
   };
   torch::stable::parallel_for(0, batch * down * across, kGrain / (kTile * kTile), [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       if (tile + 1 < end) {
         // The lines of the next tile: short runs far apart, which the processor does not foresee.
         Place next = place_of(tile + 1);
-        int64_t bytes = std::min(kTile, columns - next.column) * element_size(c.from);
+        int64_t bytes = std::min(length, columns - next.column) * element_size(c.from);
         for (int64_t i = next.row; i < std::min(rows, next.row + kTile); ++i) {
           const char* line = static_cast<const char*>(at(c.x, c.from, next.image + i * columns + next.column));
           for (int64_t offset = 0; offset < bytes; offset += 64) {
@@ -170,22 +177,6 @@ void transpose(const Copy& c, int64_t batch, int64_t rows, int64_t columns) {
   });
 }
 
-void cast(const Copy& c, int64_t n) {
-  torch::stable::parallel_for(0, (n + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t begin, int64_t end) {
-    alignas(64) float converted[kBlock];
-    alignas(64) float buffer[kBlock];
-    for (int64_t i = begin * kBlock; i < std::min(n, end * kBlock); i += kBlock) {
-      int64_t length = std::min(kBlock, n - i);
-      void* y = at(c.y, c.to, i);
-      convert_line(c.from, c.to, at(c.x, c.from, i), length, c.stream ? converted : y, buffer);
-      if (c.stream) {
-        stream_bytes(converted, length * element_size(c.to), y);
-      }
-    }
-    stream_fence();
-  });
-}
-
 } // namespace
 
 void detach_copy(Tensor x, Tensor out) {
@@ -193,18 +184,14 @@ void detach_copy(Tensor x, Tensor out) {
     expect_writes(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   }
   CopyKind kind = classify_copy(x, out);
-  if (kind.how == CopyKind::Other) {
-    torch::stable::copy_(out, x);
+  if (kind.how != CopyKind::Transpose) {
+    torch::stable::copy_(out, x); // PyTorch's own is at the speed of the memory, but for transpositions
     return;
   }
   Copy c{dtype_of(x), dtype_of(out), x.data_ptr(), out.data_ptr(), false};
   c.stream = out.numel() * element_size(c.to) > kStreamBytes;
-  if (kind.how == CopyKind::Cast) {
-    cast(c, x.numel());
-  } else {
-    const Transposition& t = kind.transposition;
-    transpose(c, t.batch, t.rows, t.columns);
-  }
+  const Transposition& t = kind.transposition;
+  transpose(c, t.batch, t.rows, t.columns);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m) {
