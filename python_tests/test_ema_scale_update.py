@@ -217,6 +217,18 @@ def test_interleaved_columns_of_one_matrix(target: Target) -> None:
     assert torch.equal(matrix[:, 1::2], before[:, 1::2])
 
 
+@pytest.mark.parametrize("ema_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_effective_weights_too_large_for_the_caches(target: Target, ema_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    shapes = [(0,), (17 << 20,), (1,), (1049,)]  # more than 32 MB of weights, which the CPU's kernel writes otherwise
+    ema = [torch.randn(shape, dtype=ema_dtype, device=target.device) for shape in shapes]
+    params, bias = ([torch.randn(shape, dtype=dtype, device=target.device) for shape in shapes] for _ in range(2))
+    before = clones(ema)
+    weights = ema_scale_update(ema, params, 0.75, scale=torch.tensor(0.5, device=target.device), bias=bias)
+    assert_ema_step(ema, before, params, 0.75)
+    assert_effective_weights(weights, ema, bias, [0.5] * len(ema), 2.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values(target: Target, dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")

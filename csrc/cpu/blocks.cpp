@@ -1,10 +1,5 @@
 #include "blocks.h"
 
-#include <algorithm>
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define MANPP_F16C
@@ -18,7 +13,7 @@ namespace {
 #define MANPP_CONVERT_AS(convert, From, To, Via)                 \
   MANPP_SIMD void convert(const From* x, int64_t n, To* y) {     \
     for (int64_t i = 0; i < n; ++i) {                            \
-      y[i] = static_cast<To>(static_cast<Via>(x[i]));            \
+      y[i] = nearest<To>(static_cast<Via>(x[i]));                \
     }                                                            \
   }
 
@@ -31,21 +26,9 @@ MANPP_CONVERT(double, double, double)
 MANPP_CONVERT(float, double, float)
 MANPP_CONVERT(BFloat16, double, float)
 MANPP_CONVERT(Half, double, float)
+MANPP_CONVERT(float, BFloat16, float)
 MANPP_CONVERT(double, BFloat16, float)
 MANPP_CONVERT(double, Half, float)
-
-// The same bits as BFloat16's constructor, in fewer instructions: its branch for NaN (here a mask, so that compilers
-// do not see it) makes them convert the comparison to 16 bits as well.
-MANPP_SIMD void convert(const float* x, int64_t n, BFloat16* y) {
-  constexpr uint32_t nan = 0x7FC00000u;
-  uint16_t* bits = reinterpret_cast<uint16_t*>(y);
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t u = float_bits(x[i]);
-    uint32_t rounded = u + 0x7FFFu + ((u >> 16) & 1u);
-    uint32_t is_number = 0u - static_cast<uint32_t>(x[i] == x[i]);
-    bits[i] = static_cast<uint16_t>((((rounded ^ nan) & is_number) ^ nan) >> 16);
-  }
-}
 
 #if defined(MANPP_F16C)
 // By the processor's own instructions, which loops over Half do not come to: compilers see integers in it.
@@ -148,45 +131,5 @@ void round_block(DType type, float* x, int64_t n, int64_t seed, uint32_t tensor,
   uint32_t key = random_key(seed, tensor, static_cast<uint32_t>(first >> 32));
   (type == DType::bf16 ? round_bfloat16 : round_half)(x, n, key, static_cast<uint32_t>(first));
 }
-
-#if defined(__SSE2__)
-static bool aligned16(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
-void stream_block(const float* x, int64_t n, float* y) {
-  int64_t i = 0;
-  if (aligned16(y)) {
-    for (; i + 4 <= n; i += 4) {
-      _mm_stream_ps(y + i, _mm_loadu_ps(x + i));
-    }
-  }
-  std::copy(x + i, x + n, y + i);
-}
-
-void stream_block(const double* x, int64_t n, double* y) {
-  int64_t i = 0;
-  if (aligned16(y)) {
-    for (; i + 2 <= n; i += 2) {
-      _mm_stream_pd(y + i, _mm_loadu_pd(x + i));
-    }
-  }
-  std::copy(x + i, x + n, y + i);
-}
-
-void stream_fence() {
-  _mm_sfence();
-}
-#else
-void stream_block(const float* x, int64_t n, float* y) {
-  std::copy(x, x + n, y);
-}
-
-void stream_block(const double* x, int64_t n, double* y) {
-  std::copy(x, x + n, y);
-}
-
-void stream_fence() {}
-#endif
 
 } // namespace manpp

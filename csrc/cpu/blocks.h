@@ -2,6 +2,8 @@
 // or double, and converts at their edges.
 #pragma once
 
+#include <type_traits>
+
 #include "../multi_tensor.h"
 
 // One function body, compiled for two instruction sets; the loader picks the better one that the processor has. Not for
@@ -26,15 +28,20 @@ void store_block(DType type, const double* x, int64_t n, void* y);
 // the first element within its tensor.
 void round_block(DType type, float* x, int64_t n, int64_t seed, uint32_t tensor, int64_t first);
 
-// n elements of a type with 16-byte stores that go past the caches, where y allows it: for results too large to be found
-// there later, whose lines would otherwise be fetched to be overwritten. Follow the last with stream_fence().
-void stream_block(const float* x, int64_t n, float* y);
-void stream_block(const double* x, int64_t n, double* y);
-void stream_fence();
-
-// Results of more bytes than this are streamed: with the operands of the same launch they exceed the last-level cache of
-// today's processors several times over. (What the system says of that cache is often another machine's.)
-constexpr int64_t kStreamBytes = int64_t{32} << 20;
+// To nearest, even in a tie. The same bits as BFloat16's constructor, in fewer instructions: its branch for NaN (here a
+// mask, so that compilers do not see it) makes them convert the comparison to 16 bits as well.
+template <class T, class A>
+inline T nearest(A x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    constexpr uint32_t nan = 0x7FC00000u;
+    uint32_t u = float_bits(static_cast<float>(x));
+    uint32_t rounded = u + 0x7FFFu + ((u >> 16) & 1u);
+    uint32_t is_number = 0u - static_cast<uint32_t>(x == x);
+    return BFloat16(static_cast<uint16_t>((((rounded ^ nan) & is_number) ^ nan) >> 16), BFloat16::from_bits());
+  } else {
+    return static_cast<T>(x);
+  }
+}
 
 template <class A>
 constexpr DType dtype_for() {

@@ -6,6 +6,7 @@
 #include "../ema_scale_update.h"
 #include "../table.h"
 #include "blocks.h"
+#include "memory.h"
 
 namespace manpp::cpu {
 
@@ -17,23 +18,34 @@ constexpr int64_t kChunk = 4096;
 // Below this many elements a second thread costs more to wake than it saves (about 10 microseconds).
 constexpr int64_t kGrain = 32768;
 
+// In one pass, for EMAs stored as E and parameters (with bias and effective weights) as P. What the weights are mixed of
+// is the EMA as it is stored, rounded.
+#define MANPP_UPDATE_KERNELS(E, P, A)                                                                       \
+  MANPP_SIMD void ema_kernel(E* e, const P* p, int64_t n, A keep, A take) {                                 \
+    for (int64_t i = 0; i < n; ++i) {                                                                       \
+      e[i] = nearest<E>(ema_step(static_cast<A>(e[i]), static_cast<A>(p[i]), keep, take));                  \
+    }                                                                                                       \
+  }                                                                                                         \
+  MANPP_SIMD void ema_mix_kernel(                                                                           \
+      E* __restrict__ e, const P* p, const P* b, P* __restrict__ w, int64_t n, A keep, A take, A scale, A rest) { \
+    for (int64_t i = 0; i < n; ++i) {                                                                       \
+      E updated = nearest<E>(ema_step(static_cast<A>(e[i]), static_cast<A>(p[i]), keep, take));             \
+      e[i] = updated;                                                                                       \
+      w[i] = nearest<P>(scale_mix(static_cast<A>(b[i]), static_cast<A>(updated), scale, rest));             \
+    }                                                                                                       \
+  }
+
+MANPP_UPDATE_KERNELS(float, float, float)
+MANPP_UPDATE_KERNELS(float, BFloat16, float)
+MANPP_UPDATE_KERNELS(BFloat16, float, float)
+MANPP_UPDATE_KERNELS(BFloat16, BFloat16, float)
+MANPP_UPDATE_KERNELS(double, double, double)
+#undef MANPP_UPDATE_KERNELS
+
 #define MANPP_KERNELS(A)                                                                                     \
-  MANPP_SIMD void ema_kernel(A* e, const A* p, int64_t n, A keep, A take) {                                  \
-    for (int64_t i = 0; i < n; ++i) {                                                                        \
-      e[i] = ema_step(e[i], p[i], keep, take);                                                               \
-    }                                                                                                        \
-  }                                                                                                          \
   MANPP_SIMD void mix_kernel(A* __restrict__ w, const A* b, const A* e, int64_t n, A scale, A rest) {        \
     for (int64_t i = 0; i < n; ++i) {                                                                        \
       w[i] = scale_mix(b[i], e[i], scale, rest);                                                             \
-    }                                                                                                        \
-  }                                                                                                          \
-  MANPP_SIMD void ema_mix_kernel(                                                                            \
-      A* __restrict__ e, const A* p, const A* b, A* __restrict__ w, int64_t n, A keep, A take, A scale, A rest) { \
-    for (int64_t i = 0; i < n; ++i) {                                                                        \
-      A updated = ema_step(e[i], p[i], keep, take);                                                          \
-      e[i] = updated;                                                                                        \
-      w[i] = scale_mix(b[i], updated, scale, rest);                                                          \
     }                                                                                                        \
   }                                                                                                          \
   MANPP_SIMD void scaled_kernel(const A* g, int64_t n, A scale, A* __restrict__ out) {                       \
@@ -64,29 +76,55 @@ MANPP_KERNELS(float)
 MANPP_KERNELS(double)
 #undef MANPP_KERNELS
 
+template <class E, class P, class A>
+void update_in_one_pass(const Entry& t, int64_t begin, int64_t end, const Factors<A>& f, bool stream) {
+  E* e = static_cast<E*>(t.ema) + begin;
+  const P* p = static_cast<const P*>(t.param) + begin;
+  int64_t count = end - begin;
+  if (t.bias == nullptr) {
+    ema_kernel(e, p, count, f.keep, f.take);
+    return;
+  }
+  const P* b = static_cast<const P*>(t.bias) + begin;
+  P* w = static_cast<P*>(t.out) + begin;
+  if (!stream) {
+    ema_mix_kernel(e, p, b, w, count, f.keep, f.take, f.scale, f.rest);
+    return;
+  }
+  alignas(64) P mixed[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    int64_t n = std::min(kBlock, count - i);
+    ema_mix_kernel(e + i, p + i, b + i, mixed, n, f.keep, f.take, f.scale, f.rest);
+    stream_bytes(mixed, n * sizeof(P), w + i);
+  }
+}
+
+template <class A>
+using Pass = void (*)(const Entry&, int64_t begin, int64_t end, const Factors<A>&, bool stream);
+
+// Null for what goes block by block: stochastic rounding, float16 (loops over which are not vectorised, see blocks.cpp)
+// and rare mixtures.
+template <class A>
+Pass<A> one_pass(const Entry& t, bool stochastic) {
+  auto is = [&](DType ema, DType param) {
+    return t.ema_type == ema && t.param_type == param && (t.bias == nullptr || t.bias_type == param);
+  };
+  if constexpr (sizeof(A) == 8) {
+    return is(DType::f64, DType::f64) ? update_in_one_pass<double, double, double> : nullptr;
+  } else {
+    return is(DType::f32, DType::f32) ? update_in_one_pass<float, float, float>
+        : is(DType::f32, DType::bf16) ? update_in_one_pass<float, BFloat16, float>
+        : !stochastic && is(DType::bf16, DType::f32) ? update_in_one_pass<BFloat16, float, float>
+        : !stochastic && is(DType::bf16, DType::bf16) ? update_in_one_pass<BFloat16, BFloat16, float>
+        : nullptr;
+  }
+}
+
 template <class A>
 void update_range(
     const Entry& t, int32_t index, int64_t begin, int64_t end, const Factors<A>& f, const int64_t* seed, bool stream) {
-  constexpr DType type = dtype_for<A>();
-  if (t.ema_type == type && t.param_type == type && (t.bias == nullptr || t.bias_type == type)) {
-    A* e = static_cast<A*>(t.ema) + begin;
-    const A* p = static_cast<const A*>(t.param) + begin;
-    if (t.bias == nullptr) {
-      ema_kernel(e, p, end - begin, f.keep, f.take);
-      return;
-    }
-    const A* b = static_cast<const A*>(t.bias) + begin;
-    A* w = static_cast<A*>(t.out) + begin;
-    if (!stream) {
-      ema_mix_kernel(e, p, b, w, end - begin, f.keep, f.take, f.scale, f.rest);
-      return;
-    }
-    alignas(64) A mixed[kBlock];
-    for (int64_t i = 0; i < end - begin; i += kBlock) {
-      int64_t n = std::min(kBlock, end - begin - i);
-      ema_mix_kernel(e + i, p + i, b + i, mixed, n, f.keep, f.take, f.scale, f.rest);
-      stream_block(mixed, n, w + i);
-    }
+  if (Pass<A> pass = one_pass<A>(t, seed != nullptr)) {
+    pass(t, begin, end, f, stream);
     return;
   }
   alignas(64) A ema_buffer[kBlock];

@@ -29,6 +29,12 @@ void stream_bytes(const void* x, int64_t bytes, void* y) {
 #endif
 }
 
+void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 void expect_writes(void* p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{2} << 20;

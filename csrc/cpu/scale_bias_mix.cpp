@@ -21,12 +21,12 @@ constexpr int64_t kRow = 4096;
 #define MANPP_MIX_KERNELS(T, A, name, Factor, S, R)                                                      \
   MANPP_SIMD void mix_##name(const T* a, const T* b, int64_t n, Factor s, Factor r, T* __restrict__ y) { \
     for (int64_t i = 0; i < n; ++i) {                                                                    \
-      y[i] = static_cast<T>(scale_mix(static_cast<A>(a[i]), static_cast<A>(b[i]), S, R));                \
+      y[i] = nearest<T>(scale_mix(static_cast<A>(a[i]), static_cast<A>(b[i]), S, R));                    \
     }                                                                                                    \
   }                                                                                                      \
   MANPP_SIMD void scaled_##name(const T* g, int64_t n, Factor s, T* __restrict__ y) {                    \
     for (int64_t i = 0; i < n; ++i) {                                                                    \
-      y[i] = static_cast<T>(S * static_cast<A>(g[i]));                                                   \
+      y[i] = nearest<T>(S * static_cast<A>(g[i]));                                                       \
     }                                                                                                    \
   }
 
