@@ -89,6 +89,44 @@ def register(name: str) -> Callable[[R], R]:
     return add
 
 
+@dataclasses.dataclass(frozen=True)
+class HostedOptions:
+    """Options of a rule that has a host.
+
+    Attributes:
+        host: the rule whose auxiliary network classifies y.
+        host_options: the host's options, a mapping or its dataclass; None for those it has as a host (``"dgl"``: the
+            wide head).
+    """
+
+    host: str = "dgl"
+    host_options: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.host_options, Mapping):
+            object.__setattr__(self, "host_options", dict(self.host_options))
+
+
+class Hosted(Rule):
+    """Base of the rules that put the next unit, or copies of it, in front of the auxiliary network of a host rule."""
+
+    def __init__(self, options: HostedOptions) -> None:
+        super().__init__(options)
+        self.host = make_rule(options.host, options.host_options, hosting=True)
+
+    def check(self, segments: int, blocks: int) -> None:
+        check_units(self.name, segments)
+
+
+def check_units(rule: str, segments: int) -> None:
+    """Raise ValueError where a model of ``segments`` has no unit that an auxiliary network could look ahead to."""
+    if segments < 2:
+        raise ValueError(
+            f"the rule {rule!r} looks at a unit further down, and the model has no units behind its stem; use a "
+            "model with more units, or rule='e2e'"
+        )
+
+
 def names() -> list[str]:
     """The rules there are."""
     return sorted(_rules)

@@ -16,29 +16,11 @@ As two losses train a unit, its gradients are complete at the end of a step: the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from manpp_kernels.local.auxiliary import Auxiliary, Site, Transformed, copy_unit
-from manpp_kernels.local.rules import Rule, make_rule, moved, register
-from manpp_kernels.local.rules.man import check_units
-
-
-@dataclass(frozen=True)
-class LookaheadOptions:
-    """Options of look-ahead.
-
-    Attributes:
-        host: the rule whose auxiliary network classifies y.
-        host_options: the host's options, a mapping or its dataclass; None for those it has as a host (``"dgl"``: the
-            wide head).
-    """
-
-    host: str = "dgl"
-    host_options: Any = None
+from manpp_kernels.local.rules import Hosted, HostedOptions, moved, register
 
 
 class SharedUnit(nn.Module):
@@ -63,18 +45,11 @@ class SharedUnit(nn.Module):
 
 
 @register("lookahead")
-class Lookahead(Rule):
+class Lookahead(Hosted):
     """The next unit itself in front of the host's local head."""
 
-    Options = LookaheadOptions
+    Options = HostedOptions
     overlapping = True
-
-    def __init__(self, options: LookaheadOptions) -> None:
-        super().__init__(options)
-        self.host = make_rule(options.host, options.host_options, hosting=True)
-
-    def check(self, segments: int, blocks: int) -> None:
-        check_units(self.name, segments)
 
     def auxiliary(self, site: Site) -> Auxiliary:
         unit = site.next_unit

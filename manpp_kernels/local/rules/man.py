@@ -15,9 +15,9 @@ the host's head is built for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -32,17 +32,14 @@ from manpp_kernels.local.auxiliary import (
     Transformed,
     copy_unit,
 )
-from manpp_kernels.local.rules import Rule, choose, make_rule, moved, register
+from manpp_kernels.local.rules import Hosted, HostedOptions, choose, moved, register
 
 
 @dataclass(frozen=True)
-class ManOptions:
-    """Options of MAN, which those of MAN++ extend.
+class ManOptions(HostedOptions):
+    """Options of MAN, beside its host; those of MAN++ extend them.
 
     Attributes:
-        host: the rule whose auxiliary network classifies y.
-        host_options: the host's options, a mapping or its dataclass; None for those it has as a host (``"dgl"``: the
-            wide head).
         momentum: m of the EMA.
         ema_init: the EMA starts as a ``"copy"`` of the unit it follows, or ``"fresh"`` from the initial distribution.
         lb_init: the same for the trainable copy.
@@ -52,8 +49,6 @@ class ManOptions:
             that follow it. 2 in the published runs of vision transformers.
     """
 
-    host: str = "dgl"
-    host_options: Any = None
     momentum: float = 0.995
     ema_init: Init = "copy"
     lb_init: Init = "fresh"
@@ -61,6 +56,7 @@ class ManOptions:
     auxiliary_depth: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.auxiliary_depth < 1:
             raise ValueError(f"auxiliary_depth has to be 1 or more, and is {self.auxiliary_depth}")
         choose("parts", self.parts, ("both", "lb", "ema"))
@@ -68,21 +64,10 @@ class ManOptions:
         choose("lb_init", self.lb_init, INITS)
         if not 0.0 <= self.momentum <= 1.0:
             raise ValueError(f"momentum has to lie in [0, 1], and is {self.momentum}")
-        if isinstance(self.host_options, Mapping):
-            object.__setattr__(self, "host_options", dict(self.host_options))
-
-
-def check_units(rule: str, segments: int) -> None:
-    """Raise ValueError where a model of ``segments`` has no unit that an EMA could follow."""
-    if segments < 2:
-        raise ValueError(
-            f"the rule {rule!r} takes an EMA of a unit further down, and the model has no units behind its stem; use a "
-            "model with more units, or rule='e2e'"
-        )
 
 
 @register("man")
-class Man(Rule):
+class Man(Hosted):
     """An EMA unit and a trainable one, added, in front of the host's local head."""
 
     Options = ManOptions
@@ -90,10 +75,6 @@ class Man(Rule):
     def __init__(self, options: ManOptions) -> None:
         super().__init__(options)
         self.momentum = options.momentum
-        self.host = make_rule(options.host, options.host_options, hosting=True)
-
-    def check(self, segments: int, blocks: int) -> None:
-        check_units(self.name, segments)
 
     def auxiliary(self, site: Site) -> Auxiliary:
         source = site.next_unit

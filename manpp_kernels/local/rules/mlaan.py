@@ -31,8 +31,7 @@ from manpp_kernels.local.auxiliary import INITS, Auxiliary, Criterion, Init, Sit
 from manpp_kernels.local.block import BlockOutput, LocalBlock
 from manpp_kernels.local.features import linear_head
 from manpp_kernels.local.partition import Segment
-from manpp_kernels.local.rules import Rule, choose, register
-from manpp_kernels.local.rules.man import check_units
+from manpp_kernels.local.rules import Rule, check_units, choose, register
 
 
 @dataclass(frozen=True)
