@@ -1,5 +1,7 @@
 """Training by gradient-isolated local blocks: fused kernels for EMA, scale-bias and detach, and a trainer."""
 
+import importlib.metadata
+
 from manpp_kernels.backends import available, use_backend, why_not
 from manpp_kernels.ema import ModelEma, ema_multi_avg_fn
 from manpp_kernels.ops.detach_buffer import DetachBuffer
@@ -23,3 +25,8 @@ __all__ = [
     "use_backend",
     "why_not",
 ]
+
+try:
+    __version__ = importlib.metadata.version("manpp-kernels")
+except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"

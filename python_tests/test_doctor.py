@@ -22,6 +22,7 @@ def test_every_backend_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
     assert torch.__version__ in report
+    assert f"{'manpp-kernels':<22}{manpp_kernels.__version__}" in report
     assert "compiled kernels" in report
     for backend in backends.BACKENDS:
         said = re.search(rf"^{backend} +(.+)$", report.partition("\n\n")[2], re.MULTILINE)

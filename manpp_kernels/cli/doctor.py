@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+import manpp_kernels
 from manpp_kernels import backends, detach_copy, ema_scale_update, scale_bias_mix, use_backend
 
 
@@ -57,7 +58,7 @@ def versions() -> list[tuple[str, str]]:
             return "not installed"
 
     rows = [
-        ("manpp-kernels", version("manpp-kernels")),
+        ("manpp-kernels", manpp_kernels.__version__),
         ("python", f"{platform.python_version()} ({sys.platform}, {platform.machine()})"),
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})"),
         ("triton", version("triton")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -48,7 +47,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What the figures of a run depend on."""
     facts: dict[str, Any] = {
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
-        "version": _version(),
+        "version": manpp_kernels.__version__,
         "commit": os.environ.get("MANPP_COMMIT") or commit(),
         "device": device.type,
         "cpu": _cpu_model(),
@@ -61,13 +60,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return facts
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("manpp-kernels")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
 
 
 def commit() -> str:
