@@ -57,8 +57,9 @@ bench: $(VENV)/.with-test
 compat: $(VENV)/.with-test
 	$(PYTHON) -m venv $(VENV)-compat
 	$(VENV)-compat/bin/python -c "$$TEST_REQUIRES" > $(VENV)-compat/requirements.txt
+	$(VENV)-compat/bin/python -c "$$BUILD_REQUIRES" >> $(VENV)-compat/requirements.txt
 	$(VENV)-compat/bin/python -m pip install --disable-pip-version-check $(COMPAT) -r $(VENV)-compat/requirements.txt
-	PYTHONPATH="$(CURDIR)" $(VENV)-compat/bin/python -m pytest
+	PATH="$(abspath $(VENV)-compat/bin):$$PATH" PYTHONPATH="$(CURDIR)" $(VENV)-compat/bin/python -m pytest
 
 $(VENV)/.requirements: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

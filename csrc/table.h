@@ -12,6 +12,10 @@
 
 #include "multi_tensor.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK // as newer headers than those of PyTorch 2.11 name it
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace manpp {
 
 using torch::stable::Tensor;
