@@ -98,7 +98,7 @@ def ours(sets: list[Inputs], kind: Kind) -> list[Contender]:
             plans = [_plan_call(x, kind) for x in sets]
         found.append(Contender(f"{backend} plan", plans, ours=True, backend=backend))
         found.append(Contender(f"{backend} op", [_op_call(x, kind) for x in sets], ours=True, backend=backend))
-    if len(sets[0].ema) <= 100:  # no competitor, and minutes of every run on larger lists
+    if len(sets[0].ema) <= 100:  # no competitor, and slow on larger lists
         found.append(
             Contender("eager op", [_op_call(x, kind) for x in sets], ours=True, backend="eager", capture=False)
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from manpp_kernels.local import SavedTensorMeter, measure_step_memory
-from manpp_kernels.local.heads import AveragePool, HeadPool
+from manpp_kernels.local.heads import AveragePool, GlobalAveragePool, HeadPool
 from manpp_kernels.models import CifarResNet, resnet32, resnet110
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -94,6 +94,19 @@ def test_a_pool_keeps_nothing_and_equals_pytorchs() -> None:
             x = torch.randn(1, 2, 4, 4, dtype=torch.float64).to(memory_format=layout).requires_grad_()
             assert torch.autograd.gradcheck(pool(2), x)
             assert torch.autograd.gradgradcheck(pool(2), x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_global_pool_keeps_the_format_of_its_features(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    y, expected = GlobalAveragePool()(x), F.adaptive_avg_pool2d(x, 1).flatten(1)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    g = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, x, g)[0])
+    # The backward pass of the layer before gets it by way of a ReLU, which takes over its format.
+    through = torch.autograd.grad(GlobalAveragePool()(x.relu()), x, g)[0]
+    assert through.is_contiguous(memory_format=layout)
 
 
 def test_a_step_leaves_nothing_alive() -> None:
