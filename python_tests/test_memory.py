@@ -104,9 +104,7 @@ def test_the_global_pool_keeps_the_format_of_its_features(layout: torch.memory_f
     g = torch.randn_like(y)
     (grad,) = torch.autograd.grad(y, x, g)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, x, g)[0])
-    # The backward pass of the layer before gets it by way of a ReLU, which takes over its format.
-    through = torch.autograd.grad(GlobalAveragePool()(x.relu()), x, g)[0]
-    assert through.is_contiguous(memory_format=layout)
+    assert grad.is_contiguous(memory_format=layout)  # PyTorch's own is contiguous, whatever the features are
 
 
 def test_a_step_leaves_nothing_alive() -> None:
