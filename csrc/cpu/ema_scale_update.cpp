@@ -175,14 +175,47 @@ void for_each_range(const std::vector<Entry>& entries, const std::vector<int64_t
   });
 }
 
-} // namespace
-
-EmaLaunch::EmaLaunch(std::vector<Entry> e) : entries(std::move(e)), ends(chunk_ends(entries, kChunk)) {
+int64_t result_bytes(const std::vector<Entry>& entries) {
   int64_t bytes = 0;
   for (const Entry& t : entries) {
     bytes += t.out == nullptr ? 0 : t.numel * element_size(t.bias_type);
   }
-  stream = bytes > kStreamBytes;
+  return bytes;
+}
+
+// The results of an operator may stand in memory that is new. Each may be smaller than a large page, but allocators put
+// them side by side.
+void expect_results(const std::vector<Entry>& entries) {
+  if (result_bytes(entries) < kLargePage) {
+    return;
+  }
+  struct Stretch {
+    uintptr_t begin;
+    uintptr_t end;
+  };
+  std::vector<Stretch> results;
+  for (const Entry& t : entries) {
+    if (t.out != nullptr) {
+      uintptr_t begin = reinterpret_cast<uintptr_t>(t.out);
+      results.push_back({begin, begin + static_cast<uintptr_t>(t.numel * element_size(t.bias_type))});
+    }
+  }
+  std::sort(results.begin(), results.end(), [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
+  constexpr uintptr_t most_between = 4096; // more than an allocator's own notes and alignment take
+  for (size_t i = 0; i < results.size();) {
+    Stretch joined = results[i++];
+    while (i < results.size() && results[i].begin - joined.end <= most_between) {
+      joined.end = results[i++].end;
+    }
+    expect_writes(reinterpret_cast<void*>(joined.begin), static_cast<int64_t>(joined.end - joined.begin));
+  }
+}
+
+} // namespace
+
+EmaLaunch::EmaLaunch(std::vector<Entry> e)
+    : entries(std::move(e)), ends(chunk_ends(entries, kChunk)), stream(result_bytes(entries) > kStreamBytes) {
+  expect_results(entries);
 }
 
 void EmaLaunch::run(const Scalars& scalars) const {
@@ -257,6 +290,7 @@ void ema_scale_update_backward(
     std::vector<Tensor> grad_bias,
     std::optional<Tensor> grad_scale) {
   Table table = build_backward_table(grad, bias, ema, groups, grad_bias);
+  expect_results(table.entries);
   std::vector<int64_t> ends = chunk_ends(table.entries, kChunk);
   DType scale_type = dtype_of(scale);
   const void* scales = scale.data_ptr();

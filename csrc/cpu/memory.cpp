@@ -37,7 +37,7 @@ void stream_fence() {
 
 void expect_writes(void* p, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{2} << 20;
+  constexpr uintptr_t page = kLargePage;
   uintptr_t start = reinterpret_cast<uintptr_t>(p);
   uintptr_t begin = (start + page - 1) / page * page;
   uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / page * page;

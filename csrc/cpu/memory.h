@@ -14,9 +14,11 @@ void stream_fence();
 // today's processors several times over. (What the system says of that cache is often another machine's.)
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
+constexpr int64_t kLargePage = int64_t{2} << 20;
+
 // To be called for a result that is about to be written whole. Memory fresh from the system is mapped at the first touch,
 // a page of 4 KB at a time, which takes several times as long as writing it; so where it is fresh and large, the system
-// is asked for its large pages (2 MB), as NumPy does for its arrays. Only pages that lie within the result are asked for,
+// is asked for its large pages, as NumPy does for its arrays. Only pages that lie within the result are asked for,
 // so it takes no more memory. Nothing is done where that is not to be had.
 void expect_writes(void* p, int64_t bytes);
 
