@@ -17,6 +17,7 @@ namespace {
 // which allocates for each of them once more, costs as much as all the checks.
 class Handles {
  public:
+  Handles() = default;
   explicit Handles(StableIValue argument) {
     auto list = torch::stable::detail::to<StableListHandle>(argument);
     size_t size = 0;
@@ -60,13 +61,11 @@ struct Arguments {
   Handles ema;
   Handles params;
   double momentum;
-  std::optional<Tensor> momentum_tensor;
-  std::optional<Tensor> scale;
-  Handles bias;
-  std::vector<int64_t> groups;
-  double total;
-  std::optional<Tensor> seed;
-  Handles out;
+  std::optional<Tensor> scale = {}; // this and what follows: for the effective weights
+  Handles bias = {};
+  std::vector<int64_t> groups = {};
+  double total = 0;
+  Handles out = {};
 };
 
 // What there is to know of a tensor, asked for once: each question is a call into libtorch.
@@ -263,39 +262,45 @@ bool update(Arguments& a) {
 #if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
   if (on_gpu(a)) {
     cuda::ema_scale_update(
-        a.ema.release(), a.params.release(), a.momentum, a.momentum_tensor, a.scale, a.bias.release(),
-        std::move(a.groups), a.total, a.seed, a.out.release());
+        a.ema.release(), a.params.release(), a.momentum, std::nullopt, a.scale, a.bias.release(), std::move(a.groups),
+        a.total, std::nullopt, a.out.release());
     return true;
   }
 #endif
-  cpu::EmaLaunch(std::move(*entries)).run(make_scalars(a.momentum, a.momentum_tensor, a.scale, a.total, a.seed));
+  cpu::EmaLaunch(std::move(*entries)).run(make_scalars(a.momentum, std::nullopt, a.scale, a.total, std::nullopt));
   return true;
 }
 
-// As TORCH_BOX would write it, but for the lists of tensors.
+// As TORCH_BOX would write them, but for the lists of tensors.
+void ema_update_checked(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  Arguments arguments{Handles(stack[0]), Handles(stack[1]), to<double>(stack[2])};
+  stack[0] = torch::stable::detail::from(update(arguments));
+}
+
 void ema_scale_update_checked(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   Arguments arguments{
       Handles(stack[0]),
       Handles(stack[1]),
       to<double>(stack[2]),
-      to<std::optional<Tensor>>(stack[3]),
-      to<std::optional<Tensor>>(stack[4]),
-      Handles(stack[5]),
-      to<std::vector<int64_t>>(stack[6]),
-      to<double>(stack[7]),
-      to<std::optional<Tensor>>(stack[8]),
-      Handles(stack[9])};
+      to<Tensor>(stack[3]),
+      Handles(stack[4]),
+      to<std::vector<int64_t>>(stack[5]),
+      to<double>(stack[6]),
+      Handles(stack[7])};
   stack[0] = torch::stable::detail::from(update(arguments));
 }
 
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m) {
+  m.impl("_ema_update_checked", &ema_update_checked);
   m.impl("_ema_scale_update_checked", &ema_scale_update_checked);
 }
 #ifdef MANPP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m) {
+  m.impl("_ema_update_checked", &ema_update_checked);
   m.impl("_ema_scale_update_checked", &ema_scale_update_checked);
 }
 #endif

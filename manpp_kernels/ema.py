@@ -38,7 +38,6 @@ def _local_pair(e: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ ema_multi_avg_fn
 
 
-@torch.no_grad()
 def _average(
     ema: Sequence[Tensor],
     params: Sequence[Tensor],
@@ -55,6 +54,11 @@ def _average(
     # cost as much again.
     if rounding == "nearest" and update_common_case(ema, params, decay):
         return
+    _average_each(ema, params, decay, rounding)
+
+
+@torch.no_grad()
+def _average_each(ema: Sequence[Tensor], params: Sequence[Tensor], decay: float, rounding: Rounding) -> None:
     averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
     for e, p in zip(map(_local, ema), map(_local, params), strict=True):
         if e.is_complex() and p.is_complex():

@@ -166,11 +166,11 @@ class EmaPlan:
     def _build(self) -> None:
         """Checks the tensors as they are now, and forgets what was prepared for where they were."""
         scale = None
+        # How many entries scale has shows at every update, and is compared with this.
+        self._entries = max(1, 1 + max((g for g in self.groups or () if isinstance(g, int)), default=0))
         if self.bias is not None:
-            # How many entries scale has shows at every update; the groups are checked against it there.
-            entries = 1 + max((g for g in self.groups or () if isinstance(g, int)), default=0)
             on = self.ema[0].device if self.ema and isinstance(self.ema[0], Tensor) else None
-            scale = torch.empty(max(entries, 1), device=on)
+            scale = torch.empty(self._entries, device=on)
         with torch.no_grad():  # whether ema may be written is asked at every update
             op.check_arguments(
                 self.ema, self.params, 0.0, scale, self.bias, self.groups, self.total, self.rounding, self.generator
@@ -183,6 +183,7 @@ class EmaPlan:
             self.weights = [torch.empty_like(b, requires_grad=False) for b in self.bias]
         self._seed = torch.empty((), dtype=torch.int64, device=self.device) if self.rounding == "stochastic" else None
         self._requires_grad = any(e.requires_grad for e in self.ema)
+        self._written = self.ema + (self.weights or [])
         self._launch: _Launch | None = None  # built at the first update, for the backend in force by then
         self._update_alone: Any = None  # the launch's short way, where an update is a momentum and nothing else
 
@@ -231,12 +232,26 @@ class EmaPlan:
             return None
         return self._update(momentum, scale)
 
+    def _scale_fits(self, scale: Tensor | None) -> bool:
+        """Whether scale is as it mostly is; asking for every group takes longer than to update small tensors."""
+        return (
+            isinstance(scale, Tensor)
+            and self.bias is not None
+            and scale.dtype in _DTYPE_NUMBER
+            and scale.layout == torch.strided
+            and scale.device == self.device
+            and scale.dim() <= 1
+            and (scale.numel() >= self._entries if self.groups is not None else scale.numel() == 1)
+        )
+
     def _update(self, momentum: float | Tensor, scale: Tensor | None) -> list[Tensor] | None:
         _checks.check_momentum(momentum, self.device)
-        _checks.check_scale(scale, self.bias, self.groups, self.total, len(self.ema))
-        if scale is not None and scale.device != self.device:
-            raise ValueError(f"scale is on {scale.device}, ema on {self.device}")
-        _checks.check_writable(self.ema)
+        if not self._scale_fits(scale):
+            _checks.check_scale(scale, self.bias, self.groups, self.total, len(self.ema))
+            if scale is not None and scale.device != self.device:
+                raise ValueError(f"scale is on {scale.device}, ema on {self.device}")
+        if self._requires_grad:
+            _checks.check_writable(self.ema)
         launch = self._launch
         if launch is None or isinstance(launch, _OperatorLaunch) or backends.override(self.device) != self._backend:
             # Also for the operator, each time: it is called on tensors that may have changed meanwhile.
@@ -252,7 +267,7 @@ class EmaPlan:
         if not ran:  # a tensor has moved, perhaps to another device: all over again
             self._build()
             return self._update(momentum, scale)
-        torch.autograd.graph.increment_version(self.ema + (self.weights or []))
+        torch.autograd.graph.increment_version(self._written)
         if self.weights is None or self.bias is None or scale is None:
             return None
         return op.attach_effective_weights(self.weights, scale, self.bias, self.ema, self.groups or [], self.total)

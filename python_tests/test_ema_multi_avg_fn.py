@@ -59,6 +59,18 @@ def test_dtypes(target: Target, dtype: torch.dtype) -> None:
         assert_same(ours, theirs, 4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_parameters_that_require_grad_while_gradients_are_recorded(target: Target, rounding: Any) -> None:
+    ema = [nn.Parameter(torch.ones(5, device=target.device)), nn.Parameter(torch.ones(2, 3, device=target.device))]
+    params = [torch.full_like(e, 3.0) for e in ema]
+    expected = [e.detach().clone() for e in ema]
+    before = [e._version for e in ema]
+    ema_multi_avg_fn(0.75, rounding=rounding)(ema, params)
+    get_ema_multi_avg_fn(0.75)(expected, params, 1)
+    assert all(torch.equal(e, x) and e.requires_grad for e, x in zip(ema, expected, strict=True))
+    assert all(e._version > v for e, v in zip(ema, before, strict=True))
+
+
 def test_a_model_that_is_gone(target: Target) -> None:
     model = nn.Linear(3, 3).to(target.device)
     ours, _ = side_by_side(model)

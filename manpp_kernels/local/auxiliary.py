@@ -250,6 +250,7 @@ class EmaUpdates:
             groups = [g for g, t in enumerate(mixed) for _ in t.beta()]
             self._weights = EmaPlan(*_columns(mixed), bias=beta, groups=groups, total=total)
 
+    @torch.no_grad()  # the weights join the graph in each block's forward
     def update(self) -> None:
         """Move every EMA one step towards its source."""
         if self._plain is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -24,11 +22,13 @@ def _fake(*args: Any) -> None:
 # The effective weights are written into `out` (empty where none are asked for) rather than returned: PyTorch can
 # functionalise, and so compile, an operator that writes into lists of tensors, not one that also returns a list.
 # `momentum_tensor`, where given, stands in for `momentum`; `seed` (int64, 0-dim) switches stochastic rounding on.
-_SIGNATURE = (
+_update = Operator(
+    "ema_scale_update",
     "(Tensor(a!)[] ema, Tensor[] params, float momentum, Tensor? momentum_tensor, Tensor? scale, Tensor[] bias,"
-    " int[] groups, float total, Tensor? seed, Tensor(b!)[] out)"
+    " int[] groups, float total, Tensor? seed, Tensor(b!)[] out) -> ()",
+    fake=_fake,
+    eager=eager.ema_scale_update,
 )
-_update = Operator("ema_scale_update", f"{_SIGNATURE} -> ()", fake=_fake, eager=eager.ema_scale_update)
 _update_backward = Operator(
     "ema_scale_update_backward",
     "(Tensor[] grad, Tensor[] bias, Tensor[] ema, Tensor scale, int[] groups, float total,"
@@ -37,8 +37,15 @@ _update_backward = Operator(
     eager=eager.ema_scale_update_backward,
 )
 
-# The compiled operator with the checks of the common case; False, with nothing written, where a case is not common.
-library.define(f"_ema_scale_update_checked{_SIGNATURE} -> bool")
+# The compiled operator with the checks of the common case; False, with nothing written, where a case is not common. The
+# update alone has its own, as an argument that is passed costs a quarter of a microsecond.
+library.define("_ema_update_checked(Tensor(a!)[] ema, Tensor[] params, float momentum) -> bool")
+library.define(
+    "_ema_scale_update_checked(Tensor(a!)[] ema, Tensor[] params, float momentum, Tensor scale, Tensor[] bias,"
+    " int[] groups, float total, Tensor(b!)[] out) -> bool"
+)
+_update_checked = torch.ops.manpp_kernels._ema_update_checked.default
+_scale_update_checked = torch.ops.manpp_kernels._ema_scale_update_checked.default
 
 
 class _EffectiveWeights(torch.autograd.Function):
@@ -229,6 +236,19 @@ def ema_scale_update(
 _PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhere
 
 
+def _compiled_serves(ema: Sequence[Tensor], params: Sequence[Tensor], bias: Sequence[Tensor] | None) -> bool:
+    """Whether a compiled backend may have these tensors as they are: no mode, transform or subclass wants a say."""
+    return (
+        bool(ema)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and _PLAIN.issuperset(map(type, ema))
+        and _PLAIN.issuperset(map(type, params))
+        and (bias is None or _PLAIN.issuperset(map(type, bias)))
+        and backends.selected(ema[0].device) in ("cpu", "cuda")
+    )
+
+
 def _common_case(
     ema: list[Tensor],
     params: list[Tensor],
@@ -243,45 +263,46 @@ def _common_case(
     Checked in Python, a hundred tensors cost four times as much as the update of their elements.
     """
     if (
-        not ema
-        or type(momentum) is not float
+        type(momentum) is not float
         or not 0.0 <= momentum <= 1.0
         or type(total) is not float
         or not math.isfinite(total)
         or (scale is None) != (bias is None)
-        or (scale is not None and type(scale) not in _PLAIN)
-        or not {int}.issuperset(map(type, groups or ()))
-        or torch._C._len_torch_dispatch_stack() > 0  # a mode wants to see the operator itself
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or not _PLAIN.issuperset(map(type, itertools.chain(ema, params, bias or ())))
-        or backends.selected(ema[0].device) not in ("cpu", "cuda")
+        or (scale is None and groups is not None)
+        or not _compiled_serves(ema, params, bias)
         or (torch.is_grad_enabled() and any(e.requires_grad for e in ema))
     ):
         return False, None
-    out = None if bias is None else [torch.empty_like(b, requires_grad=False) for b in bias]
-    # Below autograd, where an in-place write needs neither its leave nor a detached alias of every tensor.
-    with contextlib.suppress(NotImplementedError), torch._C._AutoDispatchBelowAutograd():  # not for sparse tensors
-        done = torch.ops.manpp_kernels._ema_scale_update_checked.default(
-            ema,
-            params,
-            momentum,
-            None,
-            None if scale is None else scale.contiguous(),
-            bias or [],
-            list(groups or ()),
-            float(total),
-            None,
-            out or [],
-        )
-        return done, out
-    return False, None
+    if scale is None or bias is None:
+        return _update_alone(ema, params, momentum), None
+    if type(scale) not in _PLAIN or not {int}.issuperset(map(type, groups or ())):
+        return False, None
+    out = [torch.empty_like(b, requires_grad=False) for b in bias]
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            scale_ = scale.contiguous()
+            return _scale_update_checked(ema, params, momentum, scale_, bias, list(groups or ()), total, out), out
+    except NotImplementedError:  # sparse tensors
+        return False, None
+
+
+def _update_alone(ema: Sequence[Tensor], params: Sequence[Tensor], momentum: float) -> bool:
+    try:
+        # Below autograd, where an in-place write needs neither its leave nor a detached alias of every tensor.
+        with torch._C._AutoDispatchBelowAutograd():
+            return _update_checked(ema, params, momentum)
+    except NotImplementedError:  # sparse tensors
+        return False
 
 
 def update_common_case(ema: Sequence[Tensor], params: Sequence[Tensor], momentum: float) -> bool:
-    """The update alone, rounding to nearest, where it is the common case; False, nothing written, elsewhere."""
-    if torch.compiler.is_compiling():
+    """The update alone, whether gradients are recorded or not, rounding to nearest, where it is the common case.
+
+    False, with nothing written, elsewhere.
+    """
+    if torch.compiler.is_compiling() or not _compiled_serves(ema, params, None):
         return False
-    done, _ = _common_case(list(ema), list(params), momentum, None, None, None, 2.0)
+    done = _update_alone(ema, params, momentum)
     if done:
         torch.autograd.graph.increment_version(ema)
     return done
