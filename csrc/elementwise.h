@@ -56,8 +56,9 @@ MANPP_HD uint32_t random_key(int64_t seed, uint32_t tensor, uint32_t block) {
   return mix32(mix32(low ^ (tensor * 0x9E3779B9u)) ^ high ^ block);
 }
 
+// The key is random itself, so that one round of mixing is enough.
 MANPP_HD uint32_t random_bits(uint32_t key, uint32_t element) {
-  return mix32(mix32(element ^ key) + key);
+  return mix32(element ^ key);
 }
 
 MANPP_HD uint32_t float_bits(float x) {

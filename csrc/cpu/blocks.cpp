@@ -99,13 +99,13 @@ void store(DType type, const A* x, int64_t n, void* y) {
   }
 }
 
-MANPP_SIMD void round_bfloat16(float* x, int64_t n, uint32_t key, uint32_t first) {
+MANPP_SIMD_WIDE void round_bfloat16(float* x, int64_t n, uint32_t key, uint32_t first) {
   for (int64_t i = 0; i < n; ++i) {
     x[i] = round_stochastic<BFloat16>(x[i], random_bits(key, first + static_cast<uint32_t>(i)));
   }
 }
 
-MANPP_SIMD void round_half(float* x, int64_t n, uint32_t key, uint32_t first) {
+MANPP_SIMD_WIDE void round_half(float* x, int64_t n, uint32_t key, uint32_t first) {
   for (int64_t i = 0; i < n; ++i) {
     x[i] = round_stochastic<Half>(x[i], random_bits(key, first + static_cast<uint32_t>(i)));
   }

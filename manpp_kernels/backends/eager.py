@@ -29,7 +29,7 @@ def random_bits(seed: Tensor, tensor: int, numel: int) -> Tensor:
     low, high = seed & _MASK, (seed >> 32) & _MASK
     key = _mix32(low ^ ((tensor * _GOLDEN) & _MASK))
     key = _mix32(key ^ high ^ ((index >> 32) & _MASK))
-    return _mix32((_mix32((index & _MASK) ^ key) + key) & _MASK)
+    return _mix32((index & _MASK) ^ key)
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def random_bits(seed, tensor, first, offset):
     key = _mix32(seed.to(tl.uint32) ^ (tensor.to(tl.uint32) * 0x9E3779B9))
     key = _mix32(key ^ (seed >> 32).to(tl.uint32) ^ (first >> 32).to(tl.uint32))
     index = first.to(tl.uint32) + offset.to(tl.uint32)
-    return _mix32(_mix32(index ^ key) + key)
+    return _mix32(index ^ key)
 
 
 @triton.jit
