@@ -48,11 +48,12 @@ def detach_copy(
     check_options(x, dtype, memory_format)
     x = x.detach()
     if out is None:
-        out = torch.empty_like(
+        new = torch.empty_like(
             x, dtype=dtype, memory_format=torch.preserve_format if memory_format is None else memory_format
         )
-    else:
-        _check_out(x, out, dtype, memory_format)
+        _copy(x.device, x, new)
+        return new
+    _check_out(x, out, dtype, memory_format)
     _copy(x.device, x, out)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(out)
