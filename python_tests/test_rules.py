@@ -22,6 +22,7 @@ OPTIMIZERS = {
 RULES = {
     "dgl-narrow": ("dgl", {}, "head", "narrow", 2.0),
     "dgl-wide": ("dgl", {"width": "wide"}, "head", "wide", 2.0),
+    "dgl-linear": ("dgl", {"width": "linear"}, "head", "linear", 2.0),
     "man": ("man", {}, "sum", "wide", 2.0),
     "man-narrow": ("man", {"host_options": {"width": "narrow"}, "momentum": 0.9}, "sum", "narrow", 2.0),
     "activation-2": ("man++", {}, "activation", "wide", 2.0),

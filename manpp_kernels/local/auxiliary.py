@@ -12,6 +12,7 @@ unit of the next block, LB a trainable copy of it, phi the EMA of u's parameters
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,8 @@ from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
 from manpp_kernels.plan import EmaPlan
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Units = Literal["next", "stages"]
+UNITS = ("next", "stages")
 
 
 @dataclass(frozen=True)
@@ -57,25 +60,42 @@ class Site:
 
     @property
     def next_unit(self) -> Segment:
-        """The first unit of the next block.
+        """The first unit of the next block; raises ValueError as :meth:`ahead`."""
+        return self.ahead("next")[0]
+
+    def ahead(self, units: Units) -> tuple[Segment, ...]:
+        """The units that stand for what follows this block, in order; each takes the features of the one before.
+
+        Args:
+            units: ``"next"``, the first unit of the next block; or ``"stages"``, the first unit of every later stage,
+                which are those that change the shape of their features, and the next unit where there is none.
 
         Raises:
-            ValueError: there is none, or it cannot be fed the same features as another unit.
+            ValueError: there is no next block, or a unit cannot be fed the same features as another.
         """
         if not self.later:
             raise ValueError(
                 "this rule takes an EMA of the first unit of the next block, and there is no next block; use a model "
                 "with more units, or rule='e2e'"
             )
-        unit = self.later[0]
-        if not any(True for _ in unit.module.parameters()):
-            raise ValueError(f"{unit.name} has no parameters to average; set the boundary before a unit that has some")
-        if unit.writes_input:
-            raise ValueError(
-                f"{unit.name} changes its input in place, so a copy of it cannot share that input; give its first "
-                "layer inplace=False"
-            )
-        return unit
+        chosen = self.later[:1]
+        if units == "stages":
+            start = self.partition.blocks[self.index].stop - 1
+            pairs = itertools.pairwise(self.partition.segments[start:])
+            chosen = tuple(unit for before, unit in pairs if unit.shape != before.shape) or chosen
+        for unit in chosen:
+            _check_copied(unit)
+        return chosen
+
+
+def _check_copied(unit: Segment) -> None:
+    if not any(True for _ in unit.module.parameters()):
+        raise ValueError(f"{unit.name} has no parameters to average; set the boundary before a unit that has some")
+    if unit.writes_input:
+        raise ValueError(
+            f"{unit.name} changes its input in place, so a copy of it cannot share that input; give its first "
+            "layer inplace=False"
+        )
 
 
 class Auxiliary(nn.Module):

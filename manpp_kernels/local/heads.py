@@ -108,7 +108,7 @@ def _linear_layers(in_features: int, features: int, count: int) -> list[nn.Modul
     return layers
 
 
-Width = Literal["narrow", "wide"]
+Width = Literal["narrow", "wide", "linear"]
 
 
 def _narrow(channels: int, side: int, num_classes: int) -> list[nn.Module]:
@@ -134,7 +134,11 @@ def _wide(channels: int, side: int, num_classes: int) -> list[nn.Module]:
     ]
 
 
-_WIDTHS = {"narrow": _narrow, "wide": _wide}
+def _linear(channels: int, side: int, num_classes: int) -> list[nn.Module]:
+    return [GlobalAveragePool(), nn.Linear(channels, num_classes)]
+
+
+_WIDTHS = {"narrow": _narrow, "wide": _wide, "linear": _linear}
 
 
 def dgl_head(features: Size, num_classes: int, width: Width) -> nn.Sequential:
@@ -147,7 +151,8 @@ def dgl_head(features: Size, num_classes: int, width: Width) -> nn.Sequential:
         num_classes: of the logits (N, num_classes) it gives.
         width: ``"narrow"`` as in DGL: average pool to a quarter of the side, three 1x1 conv-BN-ReLU of C, average pool
             to 2x2, two linear-BN-ReLU of 4C, linear. ``"wide"`` as the host of MAN++: average pool to 8x8, three 1x1
-            conv-BN-ReLU of 128, global average pool, three linear-BN-ReLU of 512, linear. Pooling never enlarges.
+            conv-BN-ReLU of 128, global average pool, three linear-BN-ReLU of 512, linear. ``"linear"``: global average
+            pool and one linear layer, where what stands in front is deep enough. Pooling never enlarges.
 
     Raises:
         ValueError: the width is unknown, or the features have not 2 to 4 dimensions.

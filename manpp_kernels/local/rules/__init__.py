@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Size, nn
 
-from manpp_kernels.local.auxiliary import Auxiliary, Criterion, Site
+from manpp_kernels.local.auxiliary import UNITS, Auxiliary, Criterion, Site, Transformed, Units
 from manpp_kernels.local.block import LocalBlock
 
 
@@ -97,18 +97,23 @@ class HostedOptions:
         host: the rule whose auxiliary network classifies y.
         host_options: the host's options, a mapping or its dataclass; None for those it has as a host (``"dgl"``: the
             wide head).
+        units: which units stand in front of the host's head: ``"next"``, the first of the next block, as published; or
+            ``"stages"``, one behind the other, the first unit of every later stage of the network (those that change
+            the shape of the features), and in the last stage the next unit.
     """
 
     host: str = "dgl"
     host_options: Any = None
+    units: Units = "next"
 
     def __post_init__(self) -> None:
+        choose("units", self.units, UNITS)
         if isinstance(self.host_options, Mapping):
             object.__setattr__(self, "host_options", dict(self.host_options))
 
 
 class Hosted(Rule):
-    """Base of the rules that put the next unit, or copies of it, in front of the auxiliary network of a host rule."""
+    """Base of the rules that put later units, or copies of them, in front of the auxiliary network of a host rule."""
 
     def __init__(self, options: HostedOptions) -> None:
         super().__init__(options)
@@ -116,6 +121,13 @@ class Hosted(Rule):
 
     def check(self, segments: int, blocks: int) -> None:
         check_units(self.name, segments)
+
+    def hosted(self, site: Site, transforms: Sequence[nn.Module], features: Size) -> Auxiliary:
+        """``transforms``, one behind the other, in front of the host's auxiliary network for their ``features``."""
+        found = self.host.auxiliary(dataclasses.replace(site, features=features))
+        for transform in reversed(transforms):
+            found = Transformed(transform, found)
+        return found
 
 
 def check_units(rule: str, segments: int) -> None:
@@ -187,11 +199,6 @@ def choose(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise ValueError where an option is not one of the values it can have."""
     if value not in allowed:
         raise ValueError(f"{what} has to be one of {', '.join(map(str, allowed))}, and is {value!r}")
-
-
-def moved(site: Site, features: Size) -> Site:
-    """The same site for an auxiliary network that takes features of another shape."""
-    return dataclasses.replace(site, features=features)
 
 
 for _module in pkgutil.iter_modules(__path__):

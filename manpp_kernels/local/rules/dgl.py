@@ -21,14 +21,14 @@ class DglOptions:
     """Options of DGL.
 
     Attributes:
-        width: of the local head, ``"narrow"`` as in DGL or ``"wide"`` as the host of MAN++; see
-            :func:`manpp_kernels.local.heads.dgl_head`.
+        width: of the local head, ``"narrow"`` as in DGL, ``"wide"`` as the host of MAN++, or ``"linear"``, pooling
+            and one linear layer; see :func:`manpp_kernels.local.heads.dgl_head`.
     """
 
     width: Width = "narrow"
 
     def __post_init__(self) -> None:
-        choose("width", self.width, ("narrow", "wide"))
+        choose("width", self.width, ("narrow", "wide", "linear"))
 
 
 @register("dgl")

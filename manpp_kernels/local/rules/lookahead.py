@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.local.auxiliary import Auxiliary, Site, Transformed, copy_unit
-from manpp_kernels.local.rules import Hosted, HostedOptions, moved, register
+from manpp_kernels.local.auxiliary import Auxiliary, Site, copy_unit
+from manpp_kernels.local.rules import Hosted, HostedOptions, register
 
 
 class SharedUnit(nn.Module):
@@ -52,5 +52,5 @@ class Lookahead(Hosted):
     overlapping = True
 
     def auxiliary(self, site: Site) -> Auxiliary:
-        unit = site.next_unit
-        return Transformed(SharedUnit(unit.module), self.host.auxiliary(moved(site, unit.shape)))
+        units = site.ahead(self.options.units)
+        return self.hosted(site, [SharedUnit(unit.module) for unit in units], units[-1].shape)

@@ -29,10 +29,9 @@ from manpp_kernels.local.auxiliary import (
     Init,
     Site,
     SumTransform,
-    Transformed,
     copy_unit,
 )
-from manpp_kernels.local.rules import Hosted, HostedOptions, choose, moved, register
+from manpp_kernels.local.rules import Hosted, HostedOptions, choose, register
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class ManOptions(HostedOptions):
         super().__post_init__()
         if self.auxiliary_depth < 1:
             raise ValueError(f"auxiliary_depth has to be 1 or more, and is {self.auxiliary_depth}")
+        if self.auxiliary_depth > 1 and self.units != "next":
+            raise ValueError("auxiliary_depth counts units from the next one on, so it goes with units='next' alone")
         choose("parts", self.parts, ("both", "lb", "ema"))
         choose("ema_init", self.ema_init, INITS)
         choose("lb_init", self.lb_init, INITS)
@@ -77,13 +78,14 @@ class Man(Hosted):
         self.momentum = options.momentum
 
     def auxiliary(self, site: Site) -> Auxiliary:
-        source = site.next_unit
         fresh = site.partition.parts.init
-        transform = self._transform(source.module, fresh)
+        units = site.ahead(self.options.units)
+        transforms = [self._transform(unit.module, fresh) for unit in units]
         others = site.later[1 : self.options.auxiliary_depth]
-        copies = [copy_unit(unit.module, self.options.lb_init, fresh, trainable=True) for unit in others]
-        host = self.host.auxiliary(moved(site, others[-1].shape if others else source.shape))
-        return Transformed(transform, Transformed(nn.Sequential(*copies), host) if copies else host)
+        if others:
+            copies = [copy_unit(unit.module, self.options.lb_init, fresh, trainable=True) for unit in others]
+            transforms.append(nn.Sequential(*copies))
+        return self.hosted(site, transforms, (others or units)[-1].shape)
 
     def _transform(self, unit: nn.Module, fresh: Callable[[nn.Module], None]) -> nn.Module:
         """From x to y, with copies of ``unit`` that are initialised by ``fresh``."""
