@@ -184,7 +184,8 @@ int64_t result_bytes(const std::vector<Entry>& entries) {
 }
 
 // The results of an operator may stand in memory that is new. Each may be smaller than a large page, but allocators put
-// them side by side.
+// them side by side. (Where an allocator's own notes between them were written before, small pages are there already; then
+// it is the next results in that place that get large ones.)
 void expect_results(const std::vector<Entry>& entries) {
   if (result_bytes(entries) < kLargePage) {
     return;
