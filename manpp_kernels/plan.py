@@ -250,8 +250,7 @@ class EmaPlan:
             _checks.check_scale(scale, self.bias, self.groups, self.total, len(self.ema))
             if scale is not None and scale.device != self.device:
                 raise ValueError(f"scale is on {scale.device}, ema on {self.device}")
-        if self._requires_grad:
-            _checks.check_writable(self.ema)
+        _checks.check_writable(self.ema)
         launch = self._launch
         if launch is None or isinstance(launch, _OperatorLaunch) or backends.override(self.device) != self._backend:
             # Also for the operator, each time: it is called on tensors that may have changed meanwhile.

@@ -307,6 +307,16 @@ def test_ema_that_requires_grad(target: Target) -> None:
     assert ema.tolist() == [0.5] * 3
 
 
+def test_ema_that_comes_to_require_grad(target: Target) -> None:
+    ema, params, bias = torch.ones(3, 3, device=target.device).unbind()
+    plan = EmaPlan(ema, params, bias=bias)
+    scale = torch.ones((), device=target.device)
+    plan.update(0.5, scale)
+    plan.ema[0].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"ema\[0\] requires grad"):
+        plan.update(0.5, scale)
+
+
 def test_the_backend_may_change_between_updates(target: Target) -> None:
     ema, params = torch.ones(2, 50, device=target.device).unbind()
     params = params * 0

@@ -13,7 +13,9 @@ from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
 
 class NaiveLookahead(NaiveRule):
-    """A unit's gradient is the sum of its own block's and of the block's before it."""
+    """A unit's gradient is the sum of those from its own block's loss and from all losses that look through it."""
+
+    AHEAD = (("layer1.0",), ("layer2.0",), ("layer2.1",), ("layer3.0",))  # what each block's loss looks through
 
     def step(self, images, targets):
         own = [k for j in range(5) for names in self.names(j) for k in names]
@@ -21,10 +23,12 @@ class NaiveLookahead(NaiveRule):
         a = {k: v.clone().requires_grad_(k in own) for k, v in self.auxiliary.items() if v.is_floating_point()}
         losses, x = [], images
         for j, (name,) in enumerate(self.blocks):
-            x = self.segment(name, x.detach(), p)
+            x = y = self.segment(name, x.detach(), p)
             if j < 4:
-                y = unit(x, below(p, self.blocks[j + 1][0]))  # by the batch, and no running statistics
-                losses.append(cross_entropy(head(y, below(a, f"{j}.host.head"), self.width), targets))
+                for ahead in self.AHEAD[j]:
+                    y = unit(y, below(p, ahead))  # by the batch, and no running statistics
+                key = f"{j}.{'host.' * len(self.AHEAD[j])}head"
+                losses.append(cross_entropy(head(y, below(a, key), self.width), targets))
         losses.append(cross_entropy(x.mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"], targets))
         leaves = [p[k] if k in p else a[k] for k in own]
         gradients = dict(zip(own, torch.autograd.grad(sum(losses), leaves), strict=True))

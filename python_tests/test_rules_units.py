@@ -6,6 +6,7 @@ import pytest
 import torch
 from naive_local import below, cross_entropy, head, unit
 from naive_rules import NaiveRule, assert_steps_agree, auxiliary_sizes, make_pair, small_batch, small_model
+from test_rules_lookahead import NaiveLookahead
 
 from manpp_kernels.local import Site, make_rule, partition
 from manpp_kernels.models import CifarResNet, resnet32
@@ -66,25 +67,8 @@ def test_a_step_equals_the_naive_implementation(rule: str, options: dict, kind: 
     assert_steps_agree(trainer, naive)
 
 
-class NaiveLookaheadStages(NaiveRule):
-    """A unit's gradient is the sum of those from its own block's loss and from all losses that look through it."""
-
-    def step(self, images, targets):
-        own = [k for j in range(5) for names in self.names(j) for k in names]
-        p = {k: v.clone().requires_grad_(k in own) for k, v in self.model.items() if v.is_floating_point()}
-        a = {k: v.clone().requires_grad_(k in own) for k, v in self.auxiliary.items() if v.is_floating_point()}
-        losses, x = [], images
-        for j, (name,) in enumerate(self.blocks):
-            x = y = self.segment(name, x.detach(), p)
-            if j < 4:
-                for ahead in STAGES[j]:
-                    y = unit(y, below(p, ahead))
-                losses.append(cross_entropy(head(y, below(a, f"{j}.{'host.' * len(STAGES[j])}head"), "wide"), targets))
-        losses.append(cross_entropy(x.mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"], targets))
-        leaves = [p[k] if k in p else a[k] for k in own]
-        gradients = dict(zip(own, torch.autograd.grad(sum(losses), leaves), strict=True))
-        self.optimize(gradients)
-        return [loss.detach() for loss in losses], gradients
+class NaiveLookaheadStages(NaiveLookahead):
+    AHEAD = STAGES
 
 
 def test_a_step_of_lookahead() -> None:
