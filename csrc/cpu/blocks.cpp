@@ -9,9 +9,10 @@ namespace manpp {
 
 namespace {
 
-// Written out per pair of types because target_clones does not go with templates.
+// Written out per pair of types because target_clones does not go with templates. From a cache to a cache, where longer
+// vectors are a gain.
 #define MANPP_CONVERT_AS(convert, From, To, Via)                 \
-  MANPP_SIMD void convert(const From* x, int64_t n, To* y) {     \
+  MANPP_SIMD_WIDE void convert(const From* x, int64_t n, To* y) {     \
     for (int64_t i = 0; i < n; ++i) {                            \
       y[i] = nearest<To>(static_cast<Via>(x[i]));                \
     }                                                            \

@@ -11,14 +11,28 @@ namespace manpp::cpu {
 namespace {
 
 constexpr int64_t kGrain = 32768; // elements below which a second thread is not worth waking
-// A tile is kTile rows of four cache lines: runs of memory long enough for the processor to foresee, 16 KB in all, which
-// leaves half of a first-level cache to the lines that are read.
-constexpr int64_t kTile = 64;
+// A tile is 64 rows of four cache lines: runs of memory long enough for the processor to foresee, 16 KB in all, which
+// leaves half of a first-level cache to the lines that are read. Where there are fewer rows or shorter ones it
+// takes more of the other, up to the same area.
+constexpr int64_t kHeight = 64;
 constexpr int64_t kRowBytes = 256;
-constexpr int64_t kLongest = kRowBytes / 2; // elements of a row
+constexpr int64_t kTileBytes = kHeight * kRowBytes;
 
-inline int64_t row_length(DType read) {
-  return kRowBytes / element_size(read);
+struct TileShape {
+  int64_t height;
+  int64_t width;
+};
+
+inline TileShape tile_shape(DType read, int64_t rows, int64_t columns) {
+  int64_t area = kTileBytes / element_size(read);
+  int64_t width = std::min(kRowBytes / element_size(read), columns);
+  int64_t height = std::min(kHeight, rows);
+  if (height < kHeight) {
+    width = std::min(area / height, columns);
+  } else {
+    height = std::min(area / width, rows);
+  }
+  return {height, width};
 }
 
 #if defined(__has_builtin)
@@ -27,27 +41,44 @@ inline int64_t row_length(DType read) {
 #endif
 #endif
 
+// Into the second-level cache: two tiles and what is fetched of the next would not fit the first.
 #if defined(__GNUC__)
-#define MANPP_PREFETCH(p) __builtin_prefetch(p)
+#define MANPP_PREFETCH(p) __builtin_prefetch(p, 0, 2)
 #else
 #define MANPP_PREFETCH(p) (void)(p)
 #endif
 
-// One transposition of rows x columns elements that are `stride` apart from row to row, to `kTile` apart. Whole squares
-// of 16-byte vectors cross in registers, where the compiler has vectors; bits move, so that only their size counts.
+void prefetch(const void* x, int64_t bytes) {
+  for (int64_t offset = 0; offset < bytes; offset += 64) {
+    MANPP_PREFETCH(static_cast<const char*>(x) + offset);
+  }
+}
+
+// One transposition of rows x columns elements, whose rows are `from` elements apart, to columns that are `to` apart.
+// Whole squares of 16-byte vectors cross in registers, where the compiler has vectors; bits move, so that only their size
+// counts. The lines `ahead` elements further on are fetched meanwhile, so that the memory never rests.
 template <class Bits>
 void transpose_scalar(
-    const Bits* x, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t columns, Bits* __restrict__ y) {
+    const Bits* x,
+    int64_t from,
+    int64_t row,
+    int64_t rows,
+    int64_t column,
+    int64_t columns,
+    Bits* __restrict__ y,
+    int64_t to) {
   for (int64_t i = row; i < rows; ++i) {
     for (int64_t j = column; j < columns; ++j) {
-      y[j * kTile + i] = x[i * stride + j];
+      y[j * to + i] = x[i * from + j];
     }
   }
 }
 
 template <class Bits>
-void transpose_bits(const Bits* x, int64_t stride, int64_t rows, int64_t columns, Bits* __restrict__ y) {
+void transpose_bits(
+    const Bits* x, int64_t from, int64_t rows, int64_t columns, Bits* __restrict__ y, int64_t to, int64_t ahead) {
   constexpr int64_t side = 16 / sizeof(Bits);
+  constexpr int64_t line = 64 / sizeof(Bits);
 #ifdef MANPP_SHUFFLE
   typedef Bits Vector __attribute__((vector_size(16)));
   int64_t whole_rows = rows / side * side;
@@ -56,8 +87,13 @@ void transpose_bits(const Bits* x, int64_t stride, int64_t rows, int64_t columns
     for (int64_t j = 0; j < whole_columns; j += side) {
       Vector v[side];
       Vector w[side];
+      if (ahead != 0 && j % line == 0) {
+        for (int64_t k = 0; k < side; ++k) {
+          MANPP_PREFETCH(x + (i + k) * from + j + ahead);
+        }
+      }
       for (int64_t k = 0; k < side; ++k) {
-        std::memcpy(&v[k], x + (i + k) * stride + j, sizeof(Vector));
+        std::memcpy(&v[k], x + (i + k) * from + j, sizeof(Vector));
       }
       // Interleaving row k with row k + side / 2 turns the number of an element, (row, column), by one bit to the left:
       // after as many rounds as a row number has bits, row and column have changed places.
@@ -74,32 +110,15 @@ void transpose_bits(const Bits* x, int64_t stride, int64_t rows, int64_t columns
         std::copy(w, w + side, v);
       }
       for (int64_t k = 0; k < side; ++k) {
-        std::memcpy(y + (j + k) * kTile + i, &v[k], sizeof(Vector));
+        std::memcpy(y + (j + k) * to + i, &v[k], sizeof(Vector));
       }
     }
   }
-  transpose_scalar(x, stride, 0, whole_rows, whole_columns, columns, y);
-  transpose_scalar(x, stride, whole_rows, rows, 0, columns, y);
+  transpose_scalar(x, from, 0, whole_rows, whole_columns, columns, y, to);
+  transpose_scalar(x, from, whole_rows, rows, 0, columns, y, to);
 #else
-  transpose_scalar(x, stride, 0, rows, 0, columns, y);
+  transpose_scalar(x, from, 0, rows, 0, columns, y, to);
 #endif
-}
-
-void write_line(const void* x, int64_t bytes, void* y, bool stream) {
-  if (stream) {
-    stream_bytes(x, bytes, y);
-  } else {
-    std::memcpy(y, x, static_cast<size_t>(bytes));
-  }
-}
-
-// n elements of one type as another; `buffer` is for those that are float neither before nor after.
-void convert_line(DType from, DType to, const void* x, int64_t n, void* y, float* buffer) {
-  if (to == DType::f32) {
-    load_block(from, x, n, static_cast<float*>(y));
-  } else {
-    store_block(to, readable(from, x, n, buffer), n, y);
-  }
 }
 
 struct Copy {
@@ -110,68 +129,112 @@ struct Copy {
   bool stream; // past the caches
 };
 
-// One tile of [rows][columns] -> [columns][rows]. Elements cross in the narrower of the two types, and go by way of a
-// buffer: rows that lie a power of two apart share the places in a cache, and would drive one another out of it.
-void transpose_tile(const Copy& c, const void* x, void* y, int64_t rows, int64_t columns, int64_t row, int64_t column) {
-  int64_t height = std::min(kTile, rows - row);
-  int64_t width = std::min(row_length(c.from), columns - column);
-  alignas(64) uint16_t crossed[kTile * kLongest]; // or half as many floats
-  alignas(64) uint16_t narrow[kTile * kLongest];
-  alignas(64) float line[kLongest];
-  x = at(x, c.from, row * columns + column);
+// n elements of one type as another, of which one may be float.
+void convert(DType from, DType to, const void* x, int64_t n, void* y) {
+  alignas(64) float buffer[kBlock];
+  if (to == DType::f32) {
+    load_block(from, x, n, static_cast<float*>(y));
+    return;
+  }
+  for (int64_t i = 0; i < n; i += kBlock) {
+    int64_t m = std::min(kBlock, n - i);
+    store_block(to, readable(from, at(x, from, i), m, buffer), m, at(y, to, i));
+  }
+}
+
+// n elements that have crossed as type `from`, to their place.
+void write(const Copy& c, DType from, const void* x, int64_t n, void* y) {
+  if (from == c.to) {
+    int64_t bytes = n * element_size(from);
+    c.stream ? stream_bytes(x, bytes, y) : static_cast<void>(std::memcpy(y, x, static_cast<size_t>(bytes)));
+    return;
+  }
+  if (!c.stream) {
+    convert(from, c.to, x, n, y);
+    return;
+  }
+  alignas(64) float converted[kBlock]; // the wider type is what comes out here
+  for (int64_t i = 0; i < n; i += kBlock) {
+    int64_t m = std::min(kBlock, n - i);
+    convert(from, c.to, at(x, from, i), m, converted);
+    stream_bytes(converted, m * element_size(c.to), at(y, c.to, i));
+  }
+}
+
+// One tile of [rows][columns] -> [columns][rows]; x and y are where it begins. Elements cross in the narrower of the two
+// types, and go by way of a buffer: lines that lie a power of two apart share the places in a cache, and would drive one
+// another out of it. Not where the tile is as high as the map, as its lines then stand side by side.
+void transpose_tile(
+    const Copy& c, const void* x, void* y, int64_t rows, int64_t columns, TileShape tile, int64_t ahead) {
+  alignas(64) unsigned char crossed[kTileBytes];
+  alignas(64) unsigned char narrow[kTileBytes];
   int64_t stride = columns;
   DType crossing = c.from;
   if (c.from != c.to && c.to != DType::f32) {
-    for (int64_t i = 0; i < height; ++i) {
-      convert_line(c.from, c.to, at(x, c.from, i * columns), width, narrow + i * kLongest, line);
+    // Rows that follow one another without a gap are one long row.
+    bool joined = tile.width == columns;
+    int64_t runs = joined ? 1 : tile.height;
+    int64_t length = joined ? tile.height * tile.width : tile.width;
+    for (int64_t i = 0; i < runs; ++i) {
+      for (int64_t j = 0; j < length; j += kBlock) {
+        int64_t n = std::min(kBlock, length - j);
+        const void* from = at(x, c.from, i * columns + j);
+        prefetch(at(from, c.from, ahead), n * element_size(c.from));
+        convert(c.from, c.to, from, n, at(narrow, c.to, i * tile.width + j));
+      }
     }
     x = narrow;
-    stride = kLongest;
+    stride = tile.width;
     crossing = c.to;
+    ahead = 0;
   }
+  bool together = tile.height == rows;
+  bool direct = together && crossing == c.to && !c.stream;
+  void* to = direct ? y : crossed;
+  auto cross = [&](const auto* from, auto* result) {
+    transpose_bits(from, stride, tile.height, tile.width, result, tile.height, ahead);
+  };
   if (crossing == DType::f32) {
-    transpose_bits(static_cast<const uint32_t*>(x), stride, height, width, reinterpret_cast<uint32_t*>(crossed));
+    cross(static_cast<const uint32_t*>(x), static_cast<uint32_t*>(to));
   } else {
-    transpose_bits(static_cast<const uint16_t*>(x), stride, height, width, crossed);
+    cross(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(to));
   }
-  for (int64_t j = 0; j < width; ++j) {
-    const void* from = at(crossed, crossing, j * kTile);
-    if (crossing != c.to) {
-      load_block(crossing, from, height, line);
-      from = line;
-    }
-    write_line(from, height * element_size(c.to), at(y, c.to, (column + j) * rows + row), c.stream);
+  if (direct) {
+    return;
+  }
+  if (together) {
+    write(c, crossing, crossed, tile.height * tile.width, y);
+    return;
+  }
+  for (int64_t j = 0; j < tile.width; ++j) {
+    write(c, crossing, at(crossed, crossing, j * tile.height), tile.height, at(y, c.to, j * rows));
   }
 }
 
 void transpose(const Copy& c, int64_t batch, int64_t rows, int64_t columns) {
+  TileShape most = tile_shape(c.from, rows, columns);
+  int64_t down = (rows + most.height - 1) / most.height;
+  int64_t across = (columns + most.width - 1) / most.width;
   struct Place {
     int64_t image; // its first element
     int64_t row;
     int64_t column;
   };
-  int64_t down = (rows + kTile - 1) / kTile;
-  int64_t length = row_length(c.from);
-  int64_t across = (columns + length - 1) / length;
   auto place_of = [=](int64_t tile) {
     int64_t within = tile % (down * across);
-    return Place{tile / (down * across) * rows * columns, within / across * kTile, within % across * length};
+    return Place{
+        tile / (down * across) * rows * columns, within / across * most.height, within % across * most.width};
   };
-  torch::stable::parallel_for(0, batch * down * across, kGrain / (kTile * kTile), [&](int64_t begin, int64_t end) {
+  auto offset_of = [=](const Place& p) { return p.image + p.row * columns + p.column; };
+  int64_t grain = kGrain / (most.height * most.width);
+  torch::stable::parallel_for(0, batch * down * across, grain, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (tile + 1 < end) {
-        // The lines of the next tile: short runs far apart, which the processor does not foresee.
-        Place next = place_of(tile + 1);
-        int64_t bytes = std::min(length, columns - next.column) * element_size(c.from);
-        for (int64_t i = next.row; i < std::min(rows, next.row + kTile); ++i) {
-          const char* line = static_cast<const char*>(at(c.x, c.from, next.image + i * columns + next.column));
-          for (int64_t offset = 0; offset < bytes; offset += 64) {
-            MANPP_PREFETCH(line + offset);
-          }
-        }
-      }
       Place p = place_of(tile);
-      transpose_tile(c, at(c.x, c.from, p.image), at(c.y, c.to, p.image), rows, columns, p.row, p.column);
+      Place next = place_of(std::min(tile + 1, end - 1));
+      TileShape shape{std::min(most.height, rows - p.row), std::min(most.width, columns - p.column)};
+      const void* x = at(c.x, c.from, offset_of(p));
+      void* y = at(c.y, c.to, p.image + p.column * rows + p.row);
+      transpose_tile(c, x, y, rows, columns, shape, offset_of(next) - offset_of(p));
     }
     stream_fence();
   });
