@@ -234,6 +234,12 @@ Table build_backward_table(
   return table;
 }
 
+const void* scale_entries(const Tensor& scale) {
+  STD_TORCH_CHECK(scale.dim() <= 1, "manpp_kernels: scale has to be 0-dim or of one dimension");
+  STD_TORCH_CHECK(scale.is_contiguous(), "manpp_kernels: scale has to be contiguous");
+  return scale.data_ptr();
+}
+
 Scalars make_scalars(
     double momentum,
     const std::optional<Tensor>& momentum_tensor,
@@ -249,8 +255,7 @@ Scalars make_scalars(
     s.momentum_type = dtype_of(*momentum_tensor);
   }
   if (scale) {
-    STD_TORCH_CHECK(scale->dim() <= 1, "manpp_kernels: scale has to be 0-dim or one entry per group");
-    s.scale = scale->data_ptr();
+    s.scale = scale_entries(*scale);
     s.scale_type = dtype_of(*scale);
   }
   if (seed) {
@@ -283,8 +288,23 @@ static bool is_narrow_float(const Tensor& t) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
+// Channels innermost, and the other dimensions in the order of their numbers: not every tensor whose channels lie side by
+// side is laid out so.
 static bool is_channels_last(const Tensor& t) {
-  return t.dim() >= 3 && t.stride(1) == 1 && is_dense(t) && !t.is_contiguous();
+  if (t.dim() < 3 || t.is_contiguous()) {
+    return false;
+  }
+  int64_t expected = 1;
+  auto goes_on = [&](int64_t d) {
+    bool right = t.size(d) == 1 || t.stride(d) == expected;
+    expected *= t.size(d);
+    return right;
+  };
+  bool right = goes_on(1);
+  for (int64_t d = t.dim() - 1; d >= 2 && right; --d) {
+    right = goes_on(d);
+  }
+  return right && goes_on(0);
 }
 
 CopyKind classify_copy(const Tensor& x, const Tensor& out) {

@@ -64,6 +64,9 @@ Table build_backward_table(
     const std::vector<int64_t>& groups,
     const std::vector<Tensor>& grad_bias);
 
+// The entries of scale, which kernels read as they lie: its memory has to be contiguous.
+const void* scale_entries(const Tensor& scale);
+
 Scalars make_scalars(
     double momentum,
     const std::optional<Tensor>& momentum_tensor,

@@ -73,6 +73,11 @@ def mix_gradients(
     }
 
 
+def not_contiguous(values: Tensor) -> Tensor:
+    """The same values as a column of a matrix, with others between them in memory."""
+    return torch.stack([values, values + 100], dim=1)[:, 0]
+
+
 def sum_ops(count: int) -> float:
     """How many roundings a term of a sum of ``count`` may go through: a sum by a tree, plus its last few by hand.
 
@@ -217,3 +222,18 @@ _LAYOUT = {
 # 0, 1, primes, just over vectors of 4, 8 and 16, and around the sizes a kernel may cut its work into.
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 31, 33, 63, 65, 127, 257, 509, 1021, 1025)
 CHUNK_SIZES = tuple(size + d for size in (2048, 4096, 8192, 16384, 65536) for d in (-1, 0, 1))
+
+
+def samples(
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[Sample]:
+    return [Sample(shape, dtype, layout, seed=seed + i, device=device) for i, shape in enumerate(shapes)]
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]

@@ -101,6 +101,19 @@ def test_the_layout_is_kept_by_default(target: Target) -> None:
     assert same(detach_copy(volume[:1].expand(3, -1, -1, -1, -1)), volume[:1].expand(3, -1, -1, -1, -1))
 
 
+def test_channels_innermost_and_the_rest_in_another_order(target: Target) -> None:
+    """Dense, with channels side by side, and yet not channels_last."""
+    last = torch.randn(3, 5, 4, 6, device=target.device).to(memory_format=torch.channels_last)
+    sequence = torch.randn(7, 3, 20, device=target.device).permute(1, 2, 0)  # (N, C, T) of [T][N][C]
+    volume = torch.randn(3, 4, 2, 6, 5, device=target.device).permute(0, 4, 3, 1, 2)
+    for x in (last.transpose(2, 3), last.transpose(0, 2), sequence, volume, volume[:1]):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert same(detach_copy(x, dtype=dtype, memory_format=torch.contiguous_format), x.to(dtype))
+            out = torch.empty_like(x, dtype=dtype)
+            assert same(detach_copy(x.contiguous(), out), x.to(dtype))
+            assert out.stride() == x.stride()
+
+
 def test_isolation(target: Target) -> None:
     x = torch.randn(3, 4, device=target.device, requires_grad=True)
     y = detach_copy(x * 2)

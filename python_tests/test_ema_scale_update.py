@@ -16,23 +16,16 @@ from reference import (
     LAYOUTS,
     SIZES,
     Sample,
-    assert_close,
     assert_effective_weights,
     assert_ema_step,
+    clones,
     count,
+    samples,
 )
 
 from manpp_kernels import ema_scale_update
 
 SHAPES = [(), (5,), (3, 7), (2, 3, 5), (2, 9, 3, 3), (2, 4, 3, 2, 3), (1, 1, 1), (0, 3)]
-
-
-def samples(shapes, dtype, layout="contiguous", *, seed=0, device="cpu"):
-    return [Sample(shape, dtype, layout, seed=seed + i, device=device) for i, shape in enumerate(shapes)]
-
-
-def clones(tensors):
-    return [t.detach().clone() for t in tensors]
 
 
 @pytest.mark.parametrize(("ema_dtype", "params_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
@@ -292,78 +285,6 @@ def test_stays_between_ema_and_params(target: Target) -> None:
     ema_scale_update(ema, params, 0.3)
     slack = 2**-22 * torch.maximum(low.abs(), high.abs())
     assert ((ema >= low - slack) & (ema <= high + slack)).all()
-
-
-@pytest.mark.parametrize("scale_shape", [(), (3,)])
-def test_gradcheck(target: Target, scale_shape: tuple[int, ...]) -> None:
-    start = list(torch.randn(4, 2, 3, dtype=torch.float64, device=target.device).unbind())
-    params = list(torch.randn(4, 2, 3, dtype=torch.float64, device=target.device).unbind())
-    bias = [torch.randn(2, 3, dtype=torch.float64, device=target.device, requires_grad=True) for _ in start]
-    scale = torch.randn(scale_shape, dtype=torch.float64, device=target.device, requires_grad=True)
-    groups = [0, 2, 2, 1] if scale_shape else None
-
-    def weights(scale, *bias):
-        ema = clones(start)
-        return tuple(ema_scale_update(ema, params, 0.9, scale=scale, bias=bias, groups=groups, total=1.5))
-
-    assert torch.autograd.gradcheck(weights, (scale, *bias))
-    assert torch.autograd.gradgradcheck(weights, (scale, *bias))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("ema_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
-def test_gradients(target: Target, ema_dtype: torch.dtype, bias_dtype: torch.dtype, layout: str) -> None:
-    shapes = [(2, 3, 4, 5), (257,), (0,)]
-    ema = [s.view for s in samples(shapes, ema_dtype, device=target.device)]
-    params = [s.view for s in samples(shapes, ema_dtype, seed=9, device=target.device)]
-    bias = [s.view.requires_grad_() for s in samples(shapes, bias_dtype, layout, seed=20, device=target.device)]
-    grads = [s.view for s in samples(shapes, bias_dtype, seed=30, device=target.device)]
-    scale = torch.tensor([0.75, 0.5], device=target.device, requires_grad=True)
-    groups = [1, 1, 0]
-    weights = ema_scale_update(ema, params, 0.9, scale=scale, bias=bias, groups=groups)
-    got_scale, *got_bias = torch.autograd.grad(weights, [scale, *bias], grads)
-    arithmetic = torch.float64 if torch.float64 in (ema_dtype, bias_dtype) else torch.float32
-    for i, g in enumerate(grads):
-        exact = 0.5 * g.double() if groups[i] else 0.75 * g.double()
-        assert_close(got_bias[i], exact, exact.abs(), ops=2, arithmetic=arithmetic, what=f"grad of bias[{i}]")
-    terms = [g.double() * (b.detach().double() - e.double()) for g, b, e in zip(grads, bias, ema, strict=True)]
-    exact = torch.stack([terms[2].sum(), terms[0].sum() + terms[1].sum()])
-    magnitude = torch.stack([terms[2].abs().sum(), terms[0].abs().sum() + terms[1].abs().sum()])
-    assert_close(got_scale, exact, magnitude, ops=20, arithmetic=torch.float32, what="grad of scale")
-
-
-def test_only_the_gradients_asked_for(target: Target) -> None:
-    def run(scale_grad, bias_grad):
-        ema, params, bias = torch.randn(3, 2, 8, device=target.device).unbind()
-        bias = [b.clone().requires_grad_(bias_grad) for b in bias]
-        scale = torch.ones((), device=target.device, requires_grad=scale_grad)
-        return scale, bias, ema_scale_update(list(ema), list(params), 0.9, scale=scale, bias=bias)
-
-    scale, bias, weights = run(True, False)
-    weights[0].sum().backward()  # and not every output is used
-    assert scale.grad is not None
-    assert bias[0].grad is None
-    scale, bias, weights = run(False, True)
-    weights[1].sum().backward()
-    assert scale.grad is None
-    assert bias[1].grad is not None
-    assert not run(False, False)[2][0].requires_grad
-    with torch.no_grad():
-        assert not run(True, True)[2][0].requires_grad
-
-
-def test_backward_is_deterministic(target: Target) -> None:
-    def gradient():
-        torch.manual_seed(1)
-        ema, params, bias = torch.randn(3, 5, 20_000, device=target.device).unbind()
-        scale = torch.ones(2, device=target.device, requires_grad=True)
-        groups = [0, 1, 0, 1, 1]
-        weights = ema_scale_update(list(ema), list(params), 0.9, scale=scale, bias=list(bias), groups=groups)
-        return torch.autograd.grad(weights, scale, [w.detach() for w in weights])[0]
-
-    first = gradient()
-    assert all(torch.equal(gradient(), first) for _ in range(3))
 
 
 def test_autograd_sees_the_write(target: Target) -> None:

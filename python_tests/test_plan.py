@@ -12,7 +12,7 @@ import torch
 from conftest import Target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import DTYPES, LAYOUTS, SIZES, Sample, assert_effective_weights, assert_ema_step
+from reference import DTYPES, LAYOUTS, SIZES, Sample, assert_effective_weights, assert_ema_step, clones
 from torch import Tensor, nn
 
 import manpp_kernels
@@ -23,10 +23,6 @@ SHAPES = [(3,), (2, 5), (2, 3, 4, 5), (0, 2), ()]
 
 def tensors(dtype: torch.dtype, device: str, seed: int, layout: str = "contiguous", shapes=SHAPES) -> list[Tensor]:
     return [Sample(s, dtype, layout, seed=seed + i, device=device).view for i, s in enumerate(shapes)]
-
-
-def clones(values: list[Tensor]) -> list[Tensor]:
-    return [v.detach().clone() for v in values]
 
 
 @pytest.mark.parametrize(("ema_dtype", "params_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)

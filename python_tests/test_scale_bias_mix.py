@@ -23,6 +23,7 @@ from reference import (
     count,
     mix,
     mix_gradients,
+    not_contiguous,
     sum_ops,
 )
 from torch import Tensor
@@ -95,6 +96,15 @@ def test_every_pair_of_layouts(target: Target, lb_layout: str, ema_layout: str, 
     for shape in [(3, 5, 4, 3), (4, 9)]:
         for scale in scales(shape, torch.float32, target.device):
             check(*maps(shape, torch.float32, target.device, (lb_layout, ema_layout)), scale, grad_layout=grad_layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_scale_that_is_not_contiguous(target: Target, layout: str) -> None:
+    lb, ema = maps((3, 5, 4, 3), torch.float32, target.device, (layout, layout))
+    scale = torch.rand(5, device=target.device) + 0.5
+    for view in (not_contiguous(scale), scale[:1].expand(5)):
+        assert not view.is_contiguous()
+        check(lb, ema, view, grad_layout=layout)
 
 
 def test_large_maps(target: Target) -> None:

@@ -294,7 +294,7 @@ void ema_scale_update_backward(
   expect_results(table.entries);
   std::vector<int64_t> ends = chunk_ends(table.entries, kChunk);
   DType scale_type = dtype_of(scale);
-  const void* scales = scale.data_ptr();
+  const void* scales = scale_entries(scale);
   // A sum per chunk, added up in order afterwards: the same bits whatever the number of threads.
   std::vector<double> shares(ends.empty() ? 0 : static_cast<size_t>(ends.back()));
   for_each_range(table.entries, ends, [&](int tensor, int64_t begin, int64_t end) {

@@ -106,8 +106,9 @@ struct Scales {
 
   Scales(const Tensor& tensor, double total, const Rows& rows)
       : scale(rows.pixels ? rows.length : tensor.numel()), rest(scale.size()) {
+    const void* entries = scale_entries(tensor);
     for (size_t i = 0; i < scale.size(); ++i) {
-      scale[i] = read_scalar<A>(tensor.data_ptr(), dtype_of(tensor), static_cast<int64_t>(i) % tensor.numel());
+      scale[i] = read_scalar<A>(entries, dtype_of(tensor), static_cast<int64_t>(i) % tensor.numel());
       rest[i] = static_cast<A>(total) - scale[i];
     }
   }

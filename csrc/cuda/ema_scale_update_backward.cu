@@ -185,7 +185,7 @@ DType common_type(const std::vector<Entry>& entries) {
 template <class Source>
 void launch(
     const Source& source, uint32_t chunks, DType common, const Tensor& scale, const Sums& sums, cudaStream_t stream) {
-  const void* scales = scale.data_ptr();
+  const void* scales = scale_entries(scale);
   DType type = dtype_of(scale);
   auto run = [&](auto kernel) {
     launch_kernel("ema_scale_update_backward", kernel, chunks, stream, source, scales, type, sums);

@@ -108,7 +108,7 @@ void launch_forward(
   const T* x = static_cast<const T*>(a.data_ptr());
   const T* y = static_cast<const T*>(b.data_ptr());
   T* z = static_cast<T*>(out.data_ptr());
-  ScaleSource<Arithmetic<T>> source{scale.data_ptr(), dtype_of(scale), total};
+  ScaleSource<Arithmetic<T>> source{scale_entries(scale), dtype_of(scale), total};
   auto run = [&](auto kernel, int length) {
     int64_t block = static_cast<int64_t>(kThreads) * kPasses * length;
     launch_kernel("scale_bias_mix", kernel, blocks_for(n, block), stream, x, y, z, n, Channels(layout, block), source);

@@ -236,7 +236,7 @@ void launch_backward(
     const Operands<T>& o, const ChannelLayout& layout, const Tensor& scale, double total, Tensor* grad_scale,
     cudaStream_t stream) {
   constexpr int V = vector_length(sizeof(T));
-  ScaleSource<Arithmetic<T>> source{scale.data_ptr(), dtype_of(scale), total};
+  ScaleSource<Arithmetic<T>> source{scale_entries(scale), dtype_of(scale), total};
   bool aligned = aligned16(o.grad) && aligned16(o.a) && aligned16(o.b) && aligned16(o.grad_a) && aligned16(o.grad_b);
   int64_t channels = layout.channels;
   Sums sums;

@@ -94,7 +94,7 @@ def _fused_backward(
         grad,
         [bias[i] for i in used] if ctx.need_scale else [],
         [ema[i] for i in used] if ctx.need_scale else [],
-        scale,
+        scale.contiguous(),
         [ctx.groups[i] for i in used] if ctx.groups else [],
         ctx.total,
         grad_bias if ctx.need_bias else [],
