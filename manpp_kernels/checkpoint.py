@@ -9,6 +9,7 @@ of the random number generators at the start of the epoch and now, with the numb
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import random
@@ -62,9 +63,43 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings, containers of them) atomically."""
+    """Write ``state`` (tensors, numbers, strings, containers of them) atomically; NumPy's numbers become Python's.
+
+    Raises:
+        CheckpointError: it holds something that :func:`read` would refuse. The file is as it was.
+    """
+    plain = {part: _plain(value) for part, value in state.items()}
     with atomic_path(path) as temporary:
-        torch.save({"format": _FORMAT, "version": _VERSION, **state}, temporary)
+        torch.save({"format": _FORMAT, "version": _VERSION, **plain}, temporary)
+        try:
+            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)  # of tensors, the names alone
+        except pickle.UnpicklingError as error:
+            parts = ", ".join(part for part, value in plain.items() if not _readable(value))
+            raise CheckpointError(
+                f"{path} is not written, as it could not be read again: the part {parts} holds other things than "
+                "tensors, numbers and strings"
+            ) from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {key: _plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(entry) for entry in value)
+    return value
+
+
+def _readable(value: Any) -> bool:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import threading
 import time
@@ -20,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from manpp_kernels import checkpoint
-from manpp_kernels.local.auxiliary import Criterion
-from manpp_kernels.local.config import AMP_DTYPES, OptimizerFactory, SchedulerFactory, TrainerConfig
+from manpp_kernels.local.config import AMP_DTYPES, OptimizerFactory, SchedulerFactory, TrainerConfig, check_schedulers
 from manpp_kernels.local.epoch import EpochTotals, batches_from, deferred_interrupt
 from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
@@ -33,6 +31,7 @@ from manpp_kernels.local.partition import evaluating, partition
 from manpp_kernels.local.parts import adapt
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
+from manpp_kernels.local.targets import Criterion, check_labels, make_criterion, takes_class_numbers
 
 __all__ = ["CHECKPOINT_NAME", "LocalTrainer", "StepResult", "TrainerConfig"]
 
@@ -49,8 +48,10 @@ class LocalTrainer:
         num_classes: checked against the model's output; None takes it from there.
         optimizer: from a list of parameters to an optimizer; called once, in the unlocked order once a block. None is
             SGD by the config.
-        scheduler: from an optimizer to a learning-rate scheduler; None keeps the rate.
-        criterion: loss of logits and targets, a mean over the batch; None is cross-entropy.
+        scheduler: from an optimizer to a learning-rate scheduler of torch.optim; None keeps the rate.
+            ``ReduceLROnPlateau`` follows the validation loss, or the training loss where nothing is validated.
+        criterion: loss of logits and targets, a mean over the batch; None is cross-entropy. A module is used as it is,
+            on the device, and trained nowhere.
         device: where to train; None leaves the model where it is.
 
     Attributes:
@@ -61,7 +62,7 @@ class LocalTrainer:
 
     Raises:
         ValueError: the rule, its options, the blocks or the classes cannot be; the message says what to change.
-        TypeError: there is no adapter for the model.
+        TypeError: there is no adapter for the model, or a scheduler's ``step`` takes arguments.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class LocalTrainer:
         self.model = model.to(self.device)
         blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
         parts = partition(model, blocks, example=example, balance=config.balance)
-        self._criterion = criterion or functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+        self._criterion = make_criterion(criterion, config.label_smoothing, self.device)
+        self._labels, self._ignored = takes_class_numbers(criterion), getattr(criterion, "ignore_index", None)
         # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
         self.network = LocalNetwork(parts, rule, self._criterion, num_classes).to(memory_format=self._layout)
         self._amp_dtype = AMP_DTYPES[config.amp]
@@ -100,6 +102,7 @@ class LocalTrainer:
         groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
         self.optimizers = [make(group) for group in groups]
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
+        check_schedulers(self.schedulers, config.schedule)
 
         self.epoch = 0
         self.position = 0
@@ -124,9 +127,10 @@ class LocalTrainer:
                 in the first step only).
         """
         count = self.config.accumulate
+        check_batch(batch, count, len(self.network))
         # Where labels lie on an accelerator, looking at them makes the step wait for the one before: only once then.
-        labels = self._first_step or batch[1].device.type == "cpu"
-        check_batch(batch, count, len(self.network), self.network.num_classes, labels=labels)
+        if self._labels and (self._first_step or batch[1].device.type == "cpu"):
+            check_labels(batch[1], self.network.num_classes, self._ignored)
         self._first_step = False
         images, targets = self._on_device(batch)
         parts = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
@@ -237,6 +241,8 @@ class LocalTrainer:
             written, ``interrupted`` set, the history so far returned; a second Ctrl-C raises at once.
         """
         path = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
+        if checkpoint_every is not None and path is None:
+            raise ValueError("checkpoint_every says how often checkpoint_dir is written to; give checkpoint_dir too")
         if resume is True and path is None:
             raise ValueError("resume=True continues from checkpoint_dir; give checkpoint_dir, or the path to resume")
         if resume:
@@ -270,19 +276,19 @@ class LocalTrainer:
         every: int | None,
     ) -> bool:
         """The rest of an epoch; False where it was interrupted."""
-        totals, cuda = self._totals, self.device.type == "cuda"
-        if cuda:
+        totals, cuda, measure = self._totals, self.device.type == "cuda", self.config.measure_memory
+        if cuda and measure:
             torch.cuda.reset_peak_memory_stats(self.device)
         last = time.perf_counter()
         for i, batch in enumerate(self._batches(loader)):
-            if i == 0 and self.config.measure_memory and not cuda and self.config.compile is None:
+            if i == 0 and measure and not cuda and self.config.compile is None:
                 with SavedTensorMeter(self.persistent_tensors()) as meter:
                     result = self.step(batch)
                 totals.peak_memory = max(totals.peak_memory, meter.peak_bytes)
             else:
                 result = self.step(batch)
             self.position += 1
-            totals.add(result.losses[-1], result.logits, batch[1])
+            totals.add(result.losses[-1], result.logits, batch[1], self._ignored)
             if i == 0 and cuda:
                 torch.cuda.synchronize(self.device)
             now = time.perf_counter()
@@ -298,7 +304,8 @@ class LocalTrainer:
         if cuda:
             torch.cuda.synchronize(self.device)
             totals.tick(time.perf_counter() - last, timed=True, steps=0)
-            totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device))
+            if measure:
+                totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device))
         return True
 
     def _batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
@@ -311,23 +318,25 @@ class LocalTrainer:
         if self._totals.images == 0:
             raise ValueError("the loader gave no batch; has the data fewer images than a batch, with drop_last=True?")
         validation = self.evaluate(val_loader) if val_loader is not None else {}
-        self.history.append(
-            {
-                "epoch": self.epoch + 1,
-                "val_loss": validation.get("loss"),
-                "val_acc": validation.get("accuracy"),
-                "lr": float(self.optimizers[0].param_groups[0]["lr"]),
-                **self._totals.row(),
-                "memory": "cuda allocator peak" if self.device.type == "cuda" else "live saved tensors peak",
-            }
-        )
+        row = {
+            "epoch": self.epoch + 1,
+            "val_loss": validation.get("loss"),
+            "val_acc": validation.get("accuracy"),
+            "lr": float(self.optimizers[0].param_groups[0]["lr"]),
+            **self._totals.row(),
+            "memory": "cuda allocator peak" if self.device.type == "cuda" else "live saved tensors peak",
+        }
         for scheduler in self.schedulers if self.config.schedule == "epoch" else ():
-            scheduler.step()
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(row["train_loss"] if val_loader is None else row["val_loss"])
+            else:
+                scheduler.step()
+        self.history.append(row)
         self.epoch, self.position, self._totals, self._epoch_start = self.epoch + 1, 0, EpochTotals(), None
 
     @torch.no_grad()
-    def evaluate(self, loader: Iterable[Batch]) -> dict[str, float]:
-        """The deployed model, in evaluation mode: ``accuracy`` (0 to 1), mean ``loss``, and ``images``."""
+    def evaluate(self, loader: Iterable[Batch]) -> dict[str, float | None]:
+        """The deployed model in evaluation mode: ``accuracy`` (0 to 1, None without classes), ``loss``, ``images``."""
         totals = EpochTotals()
         with evaluating(self.model):
             for batch in loader:
@@ -335,7 +344,7 @@ class LocalTrainer:
                 with self._autocast():
                     logits = self.model(images)
                     loss = self._criterion(logits, targets)
-                totals.add(loss, logits, targets)
+                totals.add(loss, logits, targets, self._ignored)
         if totals.images == 0:
             raise ValueError("the loader gave no batch to evaluate")
         return {"accuracy": totals.accuracy(), "loss": totals.mean_loss(), "images": totals.images}

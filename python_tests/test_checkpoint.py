@@ -229,6 +229,29 @@ def test_a_failure_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_numpy_numbers_are_read_back(tmp_path: Path) -> None:
+    """As a learning rate, in an optimizer's groups, and in a row that a callback has added to."""
+    sgd = functools.partial(torch.optim.SGD, lr=np.sqrt(np.float64(0.01)))
+    local = LocalTrainer(CifarResNet((1, 1, 1), 4), TrainerConfig(rule="dgl"), example=(3, 8, 8), optimizer=sgd)
+    local.fit(
+        make_loader("global"), 1, on_epoch=lambda _, row: row.update(best=np.float32(0.5)), checkpoint_dir=tmp_path
+    )
+    local.save(tmp_path / CHECKPOINT_NAME)
+    state = checkpoint.read(tmp_path / CHECKPOINT_NAME)
+    assert type(state["optimizers"][0]["param_groups"][0]["lr"]) is float
+    assert state["history"][0]["best"] == 0.5
+    local.load(tmp_path / CHECKPOINT_NAME)
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    checkpoint.write(path, {"history": [1]})
+    with pytest.raises(CheckpointError, match=r"not written.*the part history holds other things"):
+        checkpoint.write(path, {"rest": {"a": torch.ones(2)}, "history": [Path("x")]})
+    assert checkpoint.read(path)["history"] == [1]
+    assert [p.name for p in tmp_path.iterdir()] == ["file.pt"]
+
+
 def refused(trainer: LocalTrainer, path: Path, message: str) -> None:
     before = {k: v.clone() for k, v in tensors(trainer).items()}
     with pytest.raises(CheckpointError, match=message):

@@ -10,6 +10,7 @@ from torch import nn
 
 from manpp_kernels.local import Parts, adapt, partition
 from manpp_kernels.local.partition import _minimax
+from manpp_kernels.local.parts import reset_parameters
 from manpp_kernels.models import CifarResNet, resnet20, resnet32, resnet110
 
 
@@ -201,3 +202,35 @@ def test_a_model_of_ones_own() -> None:
 
     with pytest.raises(ValueError, match=r"b\.0 and b\.1 share a parameter"):
         partition(Tied(), example=(4,))
+
+
+def test_a_sequential_that_uses_a_module_twice() -> None:
+    relu, dropout = nn.ReLU(), nn.Dropout(0.5)
+    layers = [nn.Linear(48, 8), relu, dropout, nn.Linear(8, 8), relu, dropout, nn.Linear(8, 8), relu, dropout]
+    parts = adapt(nn.Sequential(nn.Flatten(), *layers, nn.Linear(8, 3)))
+    found = [[type(m).__name__ for m in part] for part in (parts.stem, *parts.units.values(), parts.head)]
+    unit = ["Linear", "ReLU", "Dropout"]
+    assert found == [["Flatten", *unit], unit, ["Linear", "ReLU"], ["Dropout", "Linear"]]
+
+
+def test_balancing_by_memory_takes_units_that_begin_in_place_and_a_single_image() -> None:
+    """What training takes as well; one image on 1x1 maps is too little for a batch normalisation."""
+
+    def unit() -> nn.Module:
+        return nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4))
+
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *(unit() for _ in range(3)), head)
+    blocks = partition(model, 2, example=torch.rand(1, 3, 8, 8), balance="memory")
+    assert len(blocks) == 2
+    assert all(segment.saved_bytes > 0 for segment in blocks.segments)
+
+
+def test_fresh_attention_is_fresh() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    before = {key: value.clone() for key, value in attention.state_dict().items()}
+    reset_parameters(attention)
+    for key in ("in_proj_weight", "out_proj.weight"):
+        assert not torch.equal(attention.state_dict()[key], before[key])
+    assert not attention.in_proj_bias.any()
+    assert not attention.out_proj.bias.any()

@@ -176,6 +176,30 @@ def test_schedules(schedule: str, steps: int, order: str) -> None:
     assert history[0]["lr"] == pytest.approx(0.1 * (1 if schedule == "epoch" else 0.5**3))
 
 
+def test_a_scheduler_that_follows_the_loss() -> None:
+    plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, mode="max", patience=0, threshold=1e9)
+    data = loader()
+    for val_loader, key in ((data, "val_loss"), (None, "train_loss")):
+        trainer = small_trainer(scheduler=plateau)
+        history = trainer.fit(data, 3, val_loader=val_loader)
+        assert [row["lr"] for row in history] == pytest.approx([0.1, 0.1, 0.01]), "no epoch is better by so much"
+        assert trainer.schedulers[0].best == history[0][key]
+
+
+def test_schedulers_that_cannot_be_stepped() -> None:
+    class ByEpoch:  # as timm's
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            pass
+
+        def step(self, epoch: int, metric: float | None = None) -> None:
+            raise AssertionError("never called")
+
+    with pytest.raises(TypeError, match="scheduler ByEpoch needs epoch"):
+        small_trainer(scheduler=ByEpoch)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau looks at the loss of an epoch"):
+        small_trainer(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau, schedule="step")
+
+
 def test_any_optimizer() -> None:
     for make in (torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad):
         for order in ("published", "unlocked"):
@@ -301,6 +325,7 @@ def test_a_second_ctrl_c_in_a_step_saves_nothing(tmp_path: Path) -> None:
         ({"amp": "fp8"}, "amp has to be one of"),
         ({"schedule": "batch"}, "schedule has to be one of"),
         ({"balance": "time"}, "balance has to be one of"),
+        ({"balance": "memory", "blocks": ["layer1.0"]}, "blocks gives the boundaries itself"),
         ({"accumulate": 0}, "accumulate has to be 1 or more"),
         ({"clip_norm": 0.0}, "clip_norm has to be positive"),
         ({"blocks": 9}, "blocks is 9, and CifarResNet can be divided into 1 to 4"),
@@ -334,6 +359,11 @@ def test_wrong_class_counts_and_batches() -> None:
             empty([])
     with pytest.raises(ValueError, match="resume=True continues from checkpoint_dir"):
         trainer.fit(loader(), 1, resume=True)
+
+
+def test_checkpoints_every_few_steps_need_a_place() -> None:
+    with pytest.raises(ValueError, match="give checkpoint_dir too"):
+        small_trainer().fit(loader(), 1, checkpoint_every=5)
 
 
 def test_features_that_no_head_fits() -> None:

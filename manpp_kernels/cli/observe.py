@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels.cli.logs import read_csv, write_csv
-from manpp_kernels.local.auxiliary import Criterion, EmaTransform
-from manpp_kernels.local.epoch import correct
+from manpp_kernels.local.auxiliary import EmaTransform
 from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.step import StepResult
+from manpp_kernels.local.targets import Criterion, answers
 from manpp_kernels.trainer import LocalTrainer
 
 BLOCKS_NAME = "blocks.csv"
@@ -45,7 +45,7 @@ class BlockObserver:
         self._block: int | None = None  # whose turn it is; None outside of training
         self._losses: Tensor | None = None
         self._steps = 0
-        self._answers: dict[int, tuple[Tensor | int, int]] = {}  # of each block the right ones and all
+        self._answers: dict[int, tuple[Tensor | int, Tensor | int]] = {}  # of each block the right ones and all
         self._memory: dict[int, int] = {}
         self._meters: _BlockMeters | None = None
         self.rows: list[dict[str, Any]] = []
@@ -54,8 +54,9 @@ class BlockObserver:
         """The criterion itself, which also counts the right answers of the block at hand."""
         # A head may be asked several times in a step, for parts of the batch or on other paths: all count.
         if self._block is not None:
-            right, seen = self._answers.get(self._block, (0, 0))
-            self._answers[self._block] = right + correct(logits.detach(), targets), seen + len(logits)
+            before = self._answers.get(self._block, (0, 0))
+            right, seen = answers(logits.detach(), targets)
+            self._answers[self._block] = before[0] + right, before[1] + seen
         return self._inner(logits, targets)
 
     def attach(self, trainer: LocalTrainer, folder: Path) -> None:
@@ -108,7 +109,7 @@ class BlockObserver:
     def _accuracy(self, index: int) -> float | None:
         """None where the block does not classify, as with a contrastive loss."""
         right, seen = self._answers.get(index, (0, 0))
-        return float(right) / seen if seen else None
+        return float(right) / int(seen) if seen else None
 
 
 class _BlockMeters:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels.local.partition import Partition, Segment
+from manpp_kernels.local.targets import Criterion
 from manpp_kernels.ops.ema_scale_update import attach_effective_weights
 from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
 from manpp_kernels.plan import EmaPlan
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
 Units = Literal["next", "stages"]
 UNITS = ("next", "stages")
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from manpp_kernels.local.auxiliary import Auxiliary, Criterion, EmaTransform, ParameterTransform
+from manpp_kernels.local.auxiliary import Auxiliary, EmaTransform, ParameterTransform
+from manpp_kernels.local.targets import Criterion
 
 
 class BlockOutput(NamedTuple):

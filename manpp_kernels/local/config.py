@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from manpp_kernels.local.rules import choose
 
@@ -76,3 +78,26 @@ class TrainerConfig:
             nesterov=self.nesterov,
             weight_decay=self.weight_decay,
         )
+
+
+def check_schedulers(schedulers: Sequence[Any], schedule: str) -> None:
+    """Raise where the trainer does not know how to step a scheduler."""
+    for scheduler in schedulers:
+        name = type(scheduler).__name__
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if schedule == "step":
+                raise ValueError(
+                    f"{name} looks at the loss of an epoch; set schedule to 'epoch', and it is {schedule!r}"
+                )
+            continue
+        needed = [
+            parameter.name
+            for parameter in inspect.signature(scheduler.step).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        ]
+        if needed:
+            raise TypeError(
+                f"the step method of the scheduler {name} needs {', '.join(needed)}, and the trainer calls it without "
+                "arguments; wrap it, or use one of torch.optim.lr_scheduler"
+            )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manpp_kernels import checkpoint
+from manpp_kernels.local.targets import answers
 
 
 @dataclass
@@ -21,17 +22,19 @@ class EpochTotals:
 
     loss: Tensor | float = 0.0
     correct: Tensor | int = 0
+    answered: Tensor | int = 0
     images: int = 0
     seconds: float = 0.0
     timed_seconds: float = 0.0
     timed_steps: int = 0
     peak_memory: int = 0
 
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """One step: its mean loss, logits (N, C), and targets (N,) or class probabilities (N, C)."""
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, ignored: int | None = None) -> None:
+        """One step: its mean loss, logits (N, C), and targets; see :func:`manpp_kernels.local.targets.answers`."""
         self.images += len(logits)
         self.loss = self.loss + loss.double() * len(logits)
-        self.correct = self.correct + correct(logits, targets.to(logits.device, non_blocking=True))
+        right, answered = answers(logits, targets.to(logits.device, non_blocking=True), ignored)
+        self.correct, self.answered = self.correct + right, self.answered + answered
 
     def tick(self, seconds: float, *, timed: bool, steps: int = 1) -> None:
         """The time of a step; ``timed`` where nothing was measured meanwhile."""
@@ -44,9 +47,10 @@ class EpochTotals:
         """Over the images; waits for the device."""
         return float(self.loss) / self.images
 
-    def accuracy(self) -> float:
-        """From 0 to 1; waits for the device."""
-        return float(self.correct) / self.images
+    def accuracy(self) -> float | None:
+        """From 0 to 1, or None where the targets are no classes; waits for the device."""
+        answered = int(self.answered)
+        return float(self.correct) / answered if answered else None
 
     def row(self) -> dict[str, Any]:
         """The epoch's figures; waits for the device."""
@@ -58,13 +62,6 @@ class EpochTotals:
             "images_per_second": self.images / max(self.seconds, 1e-9),
             "peak_memory_bytes": self.peak_memory,
         }
-
-
-def correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """How many of the N predictions are right, as a 0-dim tensor."""
-    if targets.is_floating_point():
-        targets = targets.argmax(1)
-    return (logits.argmax(1) == targets).sum()
 
 
 def batches_from(

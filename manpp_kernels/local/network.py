@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.local.auxiliary import Criterion, EmaUpdates, Site
+from manpp_kernels.local.auxiliary import EmaUpdates, Site
 from manpp_kernels.local.block import BlockOutput, LocalBlock
 from manpp_kernels.local.partition import Partition, modules_of
 from manpp_kernels.local.rules import Rule
+from manpp_kernels.local.targets import Criterion
 
 __all__ = ["BlockOutput", "LocalBlock", "LocalNetwork"]
 

@@ -95,6 +95,8 @@ def partition(
     """
     if balance not in _BALANCE:
         raise ValueError(f"balance has to be one of {', '.join(_BALANCE)}, and is {balance!r}")
+    if balance != "count" and isinstance(blocks, Sequence):
+        raise ValueError(f"balance {balance!r} distributes a number of blocks, and blocks gives the boundaries itself")
     parts = adapt(model)
     names = ["stem", *parts.units]
     ends = None if blocks is None or isinstance(blocks, int) else _ends(blocks, names)
@@ -117,14 +119,14 @@ def partition(
 
 
 def example_images(example: Any, like: Tensor) -> Tensor:
-    """At most two images to measure shapes with, of the device and dtype of ``like``.
+    """Two images to measure shapes with, of the device and dtype of ``like``.
 
     They come from a batch, or are drawn for a shape (C, H, W) or (N, C, H, W).
     """
     if isinstance(example, tuple | list) and example and isinstance(example[0], Tensor):
         example = example[0]
     if isinstance(example, Tensor):
-        return example[:2].to(like)
+        return (example if len(example) > 1 else torch.cat([example, example]))[:2].to(like)
     if not isinstance(example, tuple | list) or not example or not all(isinstance(n, int) for n in example):
         raise TypeError(f"example has to be a batch of images or the shape of one, and is {example!r}")
     shape = tuple(example)[-3:] if len(example) >= 3 else tuple(example)
@@ -225,7 +227,7 @@ def _saved_bytes(module: nn.Module, x: Tensor) -> int:
     module = copy.deepcopy(module).train()  # a copy, so that running statistics stay as they are
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices), saved_bytes_of([*module.parameters(), *module.buffers()]) as meter:
-        module(x.clone().requires_grad_())
+        module(x.clone().requires_grad_().clone())  # no leaf: a unit may begin in place
     return meter.peak_bytes // x.shape[0]
 
 

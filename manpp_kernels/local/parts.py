@@ -22,11 +22,17 @@ from manpp_kernels.models import cifar_resnet
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Draw every parameter anew, each layer by its own ``reset_parameters``: PyTorch's defaults."""
+    """Draw the parameters anew, each layer by its own ``reset_parameters``: PyTorch's defaults.
+
+    Parameters of a module that has no such method (a class token, a layer scale) stay as they are.
+    """
     for m in module.modules():
         reset = getattr(m, "reset_parameters", None)
         if callable(reset):
             reset()
+    for m in module.modules():
+        if isinstance(m, nn.MultiheadAttention):  # has it under a private name, and draws its projection's bias as well
+            m._reset_parameters()
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,9 @@ def _(model: nn.Sequential) -> Parts:
     join. The first group is the stem, the last is the head, with the pooling, flattening and dropout right before it.
     """
     groups: list[list[tuple[str, nn.Module]]] = []
-    for name, child in model.named_children():
+    for name, child in model._modules.items():  # named_children() leaves out a module that comes a second time
+        if child is None:
+            continue
         starts = any(True for _ in child.parameters()) and not isinstance(child, _NORMS)
         if not groups or (starts and _has_parameters(groups[-1])):
             groups.append([])

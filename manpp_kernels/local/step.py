@@ -41,8 +41,8 @@ class StepSums:
         return StepResult([torch.as_tensor(loss) for loss in self._losses], logits)
 
 
-def check_batch(batch: Batch, accumulate: int, blocks: int, num_classes: int, *, labels: bool) -> None:
-    """Raise ValueError where images and targets do not fit the network or each other; ``labels``: look at those too."""
+def check_batch(batch: Batch, accumulate: int, blocks: int) -> None:
+    """Raise ValueError where images and targets do not fit the network or each other."""
     images, targets = batch
     if not images.is_floating_point():
         raise ValueError(f"images have to be of a floating dtype, and are {images.dtype}; scale and normalise them")
@@ -54,10 +54,3 @@ def check_batch(batch: Batch, accumulate: int, blocks: int, num_classes: int, *,
             f"a batch of {len(images)} in {accumulate} micro-batches leaves {least} images for one, and the batch "
             "normalisation of the local heads needs 2; drop a smaller last batch (drop_last=True)"
         )
-    if labels and not targets.is_floating_point():
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"labels lie between {low} and {high}, and the model has {num_classes} classes (0 to "
-                f"{num_classes - 1}); give the model as many outputs as there are classes"
-            )

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Size, nn
 
-from manpp_kernels.local.auxiliary import UNITS, Auxiliary, Criterion, Site, Transformed, Units
+from manpp_kernels.local.auxiliary import UNITS, Auxiliary, Site, Transformed, Units
 from manpp_kernels.local.block import LocalBlock
+from manpp_kernels.local.targets import Criterion
 
 
 class Rule:

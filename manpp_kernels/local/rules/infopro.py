@@ -17,11 +17,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Size, Tensor, nn
 
-from manpp_kernels.local.auxiliary import Auxiliary, Criterion, Site
+from manpp_kernels.local.auxiliary import Auxiliary, Site
 from manpp_kernels.local.decoder import Decoder
 from manpp_kernels.local.features import to_vector
 from manpp_kernels.local.losses import supervised_contrastive
 from manpp_kernels.local.rules import Rule, choose, register
+from manpp_kernels.local.targets import Criterion
 from manpp_kernels.models.cifar_resnet import init_weights
 
 Weight = float | tuple[float, float]

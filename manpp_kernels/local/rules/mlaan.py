@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.local.auxiliary import INITS, Auxiliary, Criterion, Init, Site, SumTransform, copy_unit
+from manpp_kernels.local.auxiliary import INITS, Auxiliary, Init, Site, SumTransform, copy_unit
 from manpp_kernels.local.block import BlockOutput, LocalBlock
 from manpp_kernels.local.features import linear_head
 from manpp_kernels.local.partition import Segment
 from manpp_kernels.local.rules import Rule, check_units, choose, register
+from manpp_kernels.local.targets import Criterion
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from torch import Size, Tensor, nn
 
-from manpp_kernels.local.auxiliary import Auxiliary, Criterion, Site
+from manpp_kernels.local.auxiliary import Auxiliary, Site
 from manpp_kernels.local.features import linear_head, require
 from manpp_kernels.local.losses import similarity_matching
 from manpp_kernels.local.rules import Rule, register
+from manpp_kernels.local.targets import Criterion
 from manpp_kernels.models.cifar_resnet import init_weights
 
 

@@ -1,0 +1,66 @@
+"""The criterion that every block is trained by, and what the targets of a batch mean to it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def make_criterion(criterion: Criterion | None, label_smoothing: float, device: torch.device) -> Criterion:
+    """The criterion as the blocks hold it; None is cross-entropy.
+
+    Raises:
+        ValueError: it has parameters to train, which would be trained by every block on its own.
+    """
+    if criterion is None:
+        return functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
+    if not isinstance(criterion, nn.Module):
+        return criterion
+    if any(p.requires_grad for p in criterion.parameters()):
+        raise ValueError(
+            f"the criterion {type(criterion).__name__} has parameters that require grad, and every local block has a "
+            "loss of its own; freeze them (requires_grad_(False)), or make them part of the model"
+        )
+    # Not as a module, which would become a part of every block, with its tensors in their state.
+    return functools.partial(criterion.to(device))
+
+
+def takes_class_numbers(criterion: Criterion | None) -> bool:
+    """Whether integer targets are known to be class numbers: of other criteria the package knows nothing."""
+    return criterion is None or isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
+
+
+def check_labels(targets: Tensor, classes: int, ignored: int | None) -> None:
+    """Raise ValueError where class numbers do not fit the model's output."""
+    if ignored is not None:
+        targets = targets[targets != ignored]
+    if targets.is_floating_point() or targets.numel() == 0:
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels lie between {low} and {high}, and the model has {classes} classes (0 to {classes - 1}); give the "
+            "model as many outputs as there are classes"
+        )
+
+
+def answers(logits: Tensor, targets: Tensor, ignored: int | None = None) -> tuple[Tensor | int, Tensor | int]:
+    """How many predictions are right, and of how many, without waiting for the device.
+
+    Targets are class numbers (N,), of which those equal to ``ignored`` do not count, or class probabilities (N, C).
+    Of any other targets nothing is right or wrong: 0 of 0.
+    """
+    if targets.is_floating_point():
+        if targets.shape != logits.shape or targets.shape[1] < 2:
+            return 0, 0
+        targets = targets.argmax(1)
+    elif targets.dim() != 1:
+        return 0, 0
+    right = (logits.argmax(1) == targets).sum()
+    return right, len(targets) if ignored is None else (targets != ignored).sum()
