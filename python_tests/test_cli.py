@@ -14,9 +14,14 @@ import torch
 
 from manpp_kernels.cli import bench, main
 from manpp_kernels.cli.parsing import Parser, UserError, add_option, option, options_of, parse_config, read_config
-from manpp_kernels.cli.recipe import default_lr, optimizer_factory, scheduler_factory
+from manpp_kernels.cli.recipe import OPTIMIZERS, default_lr, optimizer_factory, scheduler_factory
 from manpp_kernels.cli.settings import Settings, from_file
-from manpp_kernels.trainer import TrainerConfig
+from manpp_kernels.cli.training import build_model
+from manpp_kernels.local import rule_names
+from manpp_kernels.models import MODELS
+from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+
+PAGE = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -194,6 +199,16 @@ class TestErrors:
             ("train --optimizer adam --optimizer-arg betas=2", "Adam does not take these arguments"),
             ("train --schedule cosin", r"is 'cosin' \(did you mean cosine\?\)"),
             ("train --warmup 10 --epochs 10", "has to be shorter than the run"),
+            ("train --warmup 3 --epochs 3 --schedule-every step --limit 256", "the warm-up takes 3 of 3 epochs"),
+            ("train --optimizer rprop --weight-decay 0", "Rprop has no argument 'weight_decay'"),
+            (
+                "train --limit 64 --image-size 8 --model timm/convnext_atto",
+                r"timm/convnext_atto cannot be made for images of 8x8 \(.*\): choose another --image-size or --model",
+            ),
+            (
+                "train --limit 64 --image-size 40 --model vit_b_16 --rule e2e",
+                "vit_b_16 cannot be made for images of 40x40",
+            ),
             ("train --limit 1", "1 training images in batches of 128"),
             ("train --lr inf", "--lr: has to be a finite number, and is inf"),
             ("train --limit 64 --image-size 8 --crop 8", "crop is 8, and images of 8x8 can be shifted .* by 7 pixels"),
@@ -213,6 +228,35 @@ class TestErrors:
         assert re.search(message, error), error
         assert not list(tmp_path.iterdir()), "a refused request leaves nothing behind"
 
+    @pytest.mark.parametrize(
+        "broken", [AssertionError(), RuntimeError("two\nlines."), torch.OutOfMemoryError("none left")]
+    )
+    def test_a_network_that_cannot_be_made(
+        self, broken: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    ) -> None:
+        def make(num_classes: int) -> Any:
+            raise broken
+
+        monkeypatch.setitem(MODELS, "resnet20", make)
+        error = refused(capsys, "train", "--model", "resnet20", "--limit", "64", "--image-size", "8")
+        reason = " ".join(str(broken).split()).strip(".") or "AssertionError"
+        if isinstance(broken, torch.OutOfMemoryError):
+            assert "memory does not suffice: try a smaller --batch-size" in error
+        else:
+            assert f"resnet20 cannot be made for images of 8x8 ({reason}): choose another --image-size" in error
+
+    @pytest.mark.parametrize("broken", [AssertionError("in the loop"), RuntimeError("in the loop")])
+    def test_an_error_of_the_training_itself_is_shown_in_full(
+        self, broken: Exception, tmp_path: Path, monkeypatch: Any
+    ) -> None:
+        def step(*_: Any) -> None:
+            raise broken
+
+        monkeypatch.setattr(LocalTrainer, "step", step)
+        words = ["--model", "resnet20", "--limit", "64", "--image-size", "8", "--no-tensorboard"]
+        with pytest.raises(type(broken), match="in the loop"):
+            main(["train", *words, "--out", str(tmp_path / "run")])
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_no_gpu(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "sees no CUDA device" in refused(capsys, "train", "--device", "cuda")
@@ -230,6 +274,11 @@ class TestErrors:
         text = capsys.readouterr().out
         assert all(f"--{name.replace('_', '-')}" in text for name in Settings.of({}).values())
 
+    def test_the_page_lists_every_rule(self) -> None:
+        listed = re.search(r"^- `--rule`: (.*?);", PAGE, flags=re.MULTILINE)
+        assert listed is not None
+        assert sorted(re.findall(r"`(.+?)`", listed[1])) == sorted(rule_names())
+
 
 class TestRecipe:
     def test_optimizers(self) -> None:
@@ -240,6 +289,17 @@ class TestRecipe:
         assert sgd.defaults["nesterov"]
         adam = optimizer_factory("adamw", None, 0.1, {"betas": (0.8, 0.9)})([parameter])
         assert adam.defaults["betas"] == (0.8, 0.9)
+
+    @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+    def test_every_optimizer_comes_with_the_arguments_that_it_has(self, name: str, tmp_path: Path) -> None:
+        settings = Settings.of({"optimizer": name})
+        decay = settings.run.weight_decay
+        made = optimizer_factory(name, None, decay, {})([torch.nn.Parameter(torch.zeros(2, 2))])
+        assert made.defaults.get("weight_decay") == decay == (None if name == "rprop" else 1e-4)
+        # What a run leaves in its folder brings the same back, and gives no weight decay that nobody gave.
+        settings.save(tmp_path / "config.yaml")
+        assert Settings.of(from_file(tmp_path / "config.yaml")) == settings
+        assert Settings.of({"optimizer": name, "weight_decay": 0.5}).run.weight_decay == 0.5
 
     @pytest.mark.parametrize(
         ("name", "warmup", "expected"),
@@ -252,14 +312,56 @@ class TestRecipe:
         ],
     )
     def test_schedules(self, name: str, warmup: int, expected: list[float]) -> None:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        scheduler = scheduler_factory(name, 4, warmup)(optimizer)
-        rates = []
-        for _ in range(4):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        assert rates == pytest.approx(expected, abs=1e-6)
+        assert rates_of(name, 4, warmup) == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("epochs", "warmup", "per_epoch", "expected"),
+        [
+            (1, 0, 1, [1.0]),
+            (2, 0, 1, [1.0, 0.01]),
+            (3, 0, 1, [1.0, 0.1, 0.01]),
+            (3, 2, 1, [1 / 3, 2 / 3, 1.0]),
+            (4, 2, 1, [1 / 3, 2 / 3, 1.0, 0.01]),
+            (2, 0, 2, [1.0, 1.0, 0.1, 0.01]),
+            (2, 1, 1, [0.5, 1.0]),
+            (2, 1, 2, [1 / 3, 2 / 3, 1.0, 0.01]),
+        ],
+    )
+    def test_short_runs_in_steps(self, epochs: int, warmup: int, per_epoch: int, expected: list[float]) -> None:
+        assert rates_of("step", epochs, warmup, per_epoch) == pytest.approx(expected, abs=1e-6)
+
+
+def rates_of(name: str, epochs: int, warmup: int, per_epoch: int = 1) -> list[float]:
+    """The learning rates of a schedule, from 1 on."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = scheduler_factory(name, epochs, warmup, per_epoch)(optimizer)
+    rates = []
+    for _ in range(epochs * per_epoch):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+class TestModels:
+    """Position embeddings of vision transformers are those of the images; other networks take any size."""
+
+    @pytest.mark.parametrize("name", ["vit_b_16", "resnet18", "resnet20"])
+    def test_torchvisions(self, name: str) -> None:
+        with torch.device("meta"):
+            assert build_model(name, 7, 32)(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+
+    @pytest.mark.parametrize(
+        "name", ["vit_tiny_patch16_224.augreg_in21k", "deit_tiny_distilled_patch16_224", "resnet18"]
+    )
+    def test_timms(self, name: str) -> None:
+        pytest.importorskip("timm")
+        with torch.device("meta"):
+            assert build_model(f"timm/{name}", 7, 32)(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+
+    def test_without_a_size_it_is_the_published_one(self) -> None:
+        with torch.device("meta"):
+            assert build_model("vit_b_32", 7)(torch.rand(2, 3, 224, 224)).shape == (2, 7)
 
 
 class TestBench:

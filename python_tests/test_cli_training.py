@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_cli import refused
 
+import manpp_kernels.cli.train
 from manpp_kernels.cli import main
+from manpp_kernels.cli.settings import Settings
+from manpp_kernels.cli.train import new_folder
 from manpp_kernels.models import resnet20
+from manpp_kernels.trainer import LocalTrainer
 
 # Less than a second an epoch.
 TINY = ["--model", "resnet20", "--image-size", "8", "--limit", "64", "--test-limit", "32", "--batch-size", "32"]
@@ -50,6 +55,7 @@ class TestTraining:
         model.load_state_dict(load_file(finished / "model.safetensors"))
 
         config = yaml.safe_load((finished / "config.yaml").read_text())
+        assert "out" not in config
         assert config["model"] == "resnet20"
         assert config["blocks"] == 4
 
@@ -107,8 +113,57 @@ class TestTraining:
     def test_what_resume_refuses(self, finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert "--lr would change it" in refused(capsys, "train", "--resume", str(finished), "--lr", "3")
         assert "holds a run already" in refused(capsys, "train", "--out", str(finished))
+        other = ["--resume", str(finished), "--out", str(tmp_path)]
+        assert "--out would change it" in refused(capsys, "train", *other)
         (tmp_path / "checkpoint.pt").touch()
         assert "holds no run" in refused(capsys, "train", "--resume", str(tmp_path))
+
+    def test_runs_of_the_same_moment_have_folders_of_their_own(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(manpp_kernels.cli.train, "datetime", OneMoment)
+        words = ["train", *TINY, "--epochs", "1", "--rule", "e2e", "--no-tensorboard"]
+        for _ in range(3):
+            assert main(words) == 0
+        first = "digits-resnet20-e2e-20260101-120000"
+        assert sorted(os.listdir("runs")) == [first, f"{first}-2", f"{first}-3"]
+        # The settings name no folder: the same run again has one of its own, too.
+        assert main(["train", "--config", f"runs/{first}/config.yaml"]) == 0
+        assert (tmp_path / "runs" / f"{first}-4" / "summary.json").is_file()
+        # What is taken is not known before the folder is made, and nothing is made for what is refused.
+        settings = Settings.of({"rule": "e2e", "model": "timm/test_vit"})
+        places = [new_folder(settings) for _ in range(2)]
+        assert len(os.listdir("runs")) == 4
+        names = [place().name for place in places if not isinstance(place, Path)]
+        assert names == ["digits-timm-test_vit-e2e-20260101-120000", "digits-timm-test_vit-e2e-20260101-120000-2"]
+
+    def test_a_run_that_died_before_its_first_checkpoint(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    ) -> None:
+        def step(*_: Any) -> None:
+            raise RuntimeError("died")
+
+        folder = tmp_path / "run"
+        words = ["train", *TINY, "--epochs", "1", "--rule", "e2e", "--out", str(folder)]
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalTrainer, "step", step)
+            with pytest.raises(RuntimeError, match="died"):
+                main(words)
+        assert (folder / "config.yaml").is_file()
+        error = refused(capsys, "train", "--resume", str(folder))
+        hint = f"--config {folder / 'config.yaml'} --out {folder}"
+        assert f"there is no checkpoint {folder / 'checkpoint.pt'}: start the run again with {hint}" in error
+        assert main(["train", *hint.split()]) == 0
+        # Now there is something to lose; without its checkpoint, too.
+        assert "holds a run already: continue it with --resume" in refused(capsys, *words)
+        (folder / "checkpoint.pt").unlink()
+        assert "holds a finished run, whose checkpoint is gone: choose another" in refused(capsys, *words)
+        (folder / "summary.json").unlink()
+        assert main(words) == 0
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").touch()
+        error = refused(capsys, "train", *TINY, "--rule", "e2e", "--out", str(tmp_path / "file" / "run"))
+        assert str(tmp_path / "file") in error
 
     def test_a_damaged_checkpoint(self, finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
@@ -122,11 +177,17 @@ class TestTraining:
             "--rule dgl --blocks layer1.2,layer2.2 --order unlocked --clip-norm 1",
             "--form parameter --total 1 --momentum 0.9 --host-options width=narrow --accumulate 2 --amp bf16",
             "--model resnet18 --image-size 32 --blocks 2 --limit 8 --batch-size 4 --no-tensorboard",
+            "--optimizer rprop --rule e2e --no-tensorboard",
         ],
     )
     def test_rules_and_options(self, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["train", *TINY, "--epochs", "1", "--out", str(tmp_path / "run"), *words.split()]) == 0
         assert "epoch 1/1" in capsys.readouterr().out
+
+    def test_a_vision_transformer_is_made_for_the_size_of_the_images(self, tmp_path: Path) -> None:
+        pytest.importorskip("timm")
+        words = "--model timm/vit_tiny_patch16_224 --image-size 32 --rule e2e --limit 4 --batch-size 4 --epochs 1"
+        assert main(["train", *TINY, *words.split(), "--no-tensorboard", "--out", str(tmp_path / "run")]) == 0
 
     def test_demo(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words = ["--epochs", "1", "--image-size", "8", "--limit", "128", "--test-limit", "32", "--out", str(tmp_path)]
@@ -135,6 +196,24 @@ class TestTraining:
         table = capsys.readouterr().out
         assert "e2e" in table
         assert "man++" in table
+        assert "holds a run already" in refused(capsys, "demo", *words)
+
+    def test_demos_of_the_same_moment_have_folders_of_their_own(self, tmp_path: Path, monkeypatch: Any) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(manpp_kernels.cli.train, "datetime", OneMoment)
+        words = ["--epochs", "1", "--image-size", "8", "--limit", "64", "--test-limit", "32"]
+        for _ in range(2):
+            assert main(["demo", *words]) == 0
+        for name in ("demo-20260101-120000", "demo-20260101-120000-2"):
+            assert sorted(os.listdir(tmp_path / "runs" / name)) == ["curves.png", "e2e", "man++"]
+
+
+class OneMoment(datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> OneMoment:
+        return cls(2026, 1, 1, 12)
 
 
 def interrupt_after_first_epoch(words: list[str], folder: Path) -> tuple[int, str]:

@@ -173,6 +173,20 @@ class TestCommand:
         assert "the median over epochs and seeds" in (done[1] / "comparison.md").read_text()
         assert "the median of 2 that all variants took in turns" in (out / "comparison.md").read_text()
 
+    def test_a_file_of_many_epochs_is_tried_with_one(self, tmp_path: Path) -> None:
+        path = config(tmp_path, common={**COMMON, "schedule": "step"}, variants={"e2e": {"rule": "e2e"}}, seeds=[0])
+        assert main(["compare", "--config", str(path), "--out", str(tmp_path / "out"), "--epochs", "1"]) == 0
+        with (tmp_path / "out" / "e2e" / "seed-0" / "history.csv").open() as file:
+            assert [float(row["lr"]) for row in csv.DictReader(file)] == [0.025]
+
+    def test_folders_of_before_say_where_they_are(self, done: tuple[Path, Path], tmp_path: Path) -> None:
+        """Settings once named their folder; a comparison with such runs in it is still the same one."""
+        path, out = done[0], tmp_path / "copy"
+        shutil.copytree(done[1], out)
+        for saved in out.glob("*/*/config.yaml"):
+            saved.write_text(f"{saved.read_text()}out: somewhere\n")
+        assert main(["compare", "--config", str(path), "--out", str(out), "--table"]) == 0
+
     def test_other_settings_are_refused(self, done: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
         path, out = done
         error = refused(capsys, "--config", str(path), "--out", str(out), "--epochs", "3")

@@ -146,6 +146,32 @@ def test_manpp_train_takes_a_recipe(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "given", "left_out"),
+    [
+        ("man++/cifar10/resnet32-k16", {"optimizer": "adamw"}, {"optimizer_arg", "lr", "weight_decay"}),
+        ("man++/imagenet/vit_tiny_patch16_224-k4", {"optimizer": "sgd"}, {"lr", "weight_decay"}),
+        ("man++/cifar10/resnet32-k16", {"optimizer": "SGD"}, set()),
+        ("man++-infopro/imagenet/resnet101-k4", {"host": "dgl"}, {"host_options"}),
+        ("man++-infopro/imagenet/resnet101-k4", {"host": "infopro"}, set()),
+        ("man++-infopro/imagenet/resnet101-k4", {"rule": "dgl"}, {"host", "host_options"}),
+    ],
+)
+def test_what_belongs_to_the_recipes_own_goes_with_it(name: str, given: dict, left_out: set[str]) -> None:
+    from manpp_kernels.cli.recipe import default_lr, optimizer_factory
+    from manpp_kernels.cli.settings import Settings
+    from manpp_kernels.cli.train import _by_recipe
+
+    given = {"data": "digits", **given}
+    options, published = _by_recipe(name, given), recipe(name).settings()
+    assert options == {**{key: value for key, value in published.items() if key not in left_out}, **given}
+    run = Settings.of(options).run
+    optimizer_factory(run.optimizer, default_lr(run.optimizer, 128), run.weight_decay, run.optimizer_arg)
+    # What the command line gives in their place is kept.
+    asked = {"lr": 0.5, "weight_decay": 0.25, "optimizer_arg": {}}
+    assert _by_recipe(name, {**given, **asked}).items() >= asked.items()
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--recipe", "nothing/like/this"], "there is no recipe"),

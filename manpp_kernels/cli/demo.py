@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
-from datetime import datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +38,35 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from manpp_kernels.cli.display import Display, results_table
     from manpp_kernels.cli.plots import plot_curves
-    from manpp_kernels.cli.train import new_folder
+    from manpp_kernels.cli.train import check_folder, dated_folder
     from manpp_kernels.cli.training import resume_hint, train
 
     given = {**RECIPE, **{name: value for name, value in vars(args).items() if name in OPTIONS}}
-    folder = Path(given.get("out") or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}")
-    both = [Settings.of({**given, **options, "out": folder / options["rule"]}) for options in RULES]
+    out: Path | None = given.pop("out", None)
+    # Made once the first of the two has proved to fit, and the same for both.
+    folder: Callable[[], Path] = functools.cache(dated_folder("demo") if out is None else lambda: out)
+    both = [Settings.of({**given, **options}) for options in RULES]
     display = Display()
     display.console.print(
         "ResNet-32 on scikit-learn's digits (1,437 images of 8x8 to train on), resized to {image_size}x{image_size}: "
         "{epochs} epochs with MAN++ in 16 gradient-isolated blocks, then end to end".format(**given),
         highlight=False,
     )
+
+    def place(rule: str) -> Path:
+        return folder() / rule
+
     histories = {}
     for settings in both:
-        result = train(settings, new_folder(settings), display)
+        rule = settings.trainer.rule
+        if out is not None:
+            check_folder(out / rule)
+        result = train(settings, functools.partial(place, rule), display)
         if result.interrupted:
             print(resume_hint(result.folder), file=sys.stderr)
             return 130
-        histories[settings.trainer.rule] = result.history
-    plot_curves(histories, folder / "curves.png")
+        histories[rule] = result.history
+    plot_curves(histories, folder() / "curves.png")
     display.console.print(results_table(histories, result.on_gpu))
-    display.console.print(f"curves: {folder / 'curves.png'}", highlight=False, soft_wrap=True)
+    display.console.print(f"curves: {folder() / 'curves.png'}", highlight=False, soft_wrap=True)
     return 0

@@ -11,6 +11,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from manpp_kernels.cli.parsing import UserError, did_you_mean
+from manpp_kernels.local.config import TrainerConfig
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -33,16 +34,28 @@ def default_lr(optimizer: str, batch_size: int) -> float | None:
     return _LR_OF_SGD_AT_128 * batch_size / 128 if optimizer == "sgd" else _LR.get(optimizer)
 
 
+def default_weight_decay(optimizer: str) -> float | None:
+    """The weight decay where none is given; None for an optimizer that has none."""
+    kind = OPTIMIZERS.get(optimizer.lower())
+    known = kind is not None and "weight_decay" in inspect.signature(kind).parameters
+    return TrainerConfig.weight_decay if known else None
+
+
 def optimizer_factory(
-    name: str, lr: float | None, weight_decay: float, arguments: Mapping[str, Any]
+    name: str, lr: float | None, weight_decay: float | None, arguments: Mapping[str, Any]
 ) -> OptimizerFactory:
-    """A factory of one of ``torch.optim``'s optimizers; wrong arguments are errors here, not at the first use."""
+    """A factory of one of ``torch.optim``'s optimizers; wrong arguments are errors here, not at the first use.
+
+    A learning rate or weight decay of None is left to the optimizer.
+    """
     name = name.lower()
     if name not in OPTIMIZERS:
         near = did_you_mean(name, OPTIMIZERS)
         raise UserError(f"there is no optimizer {name!r}{near}; there are {', '.join(sorted(OPTIMIZERS))}")
     kind = OPTIMIZERS[name]
-    options = {"weight_decay": weight_decay, **_ARGUMENTS.get(name, {}), **arguments}
+    options = {**_ARGUMENTS.get(name, {}), **arguments}
+    if weight_decay is not None:
+        options.setdefault("weight_decay", weight_decay)
     if lr is not None:
         options["lr"] = lr
     known = [parameter for parameter in inspect.signature(kind).parameters if parameter != "params"]
@@ -73,7 +86,9 @@ def _linear(optimizer: Optimizer, total: int) -> LRScheduler:
 
 
 def _step(optimizer: Optimizer, total: int) -> LRScheduler:
-    return lr_scheduler.MultiStepLR(optimizer, milestones=[total // 2, total * 3 // 4], gamma=0.1)
+    # A milestone at 0 would be reached before the first epoch; two at the same epoch count twice.
+    milestones = [place for place in (total // 2, total * 3 // 4) if place]
+    return lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 
 SCHEDULES: dict[str, Callable[[Optimizer, int], LRScheduler]] = {
@@ -84,14 +99,15 @@ SCHEDULES: dict[str, Callable[[Optimizer, int], LRScheduler]] = {
 }
 
 
-def scheduler_factory(name: str, total: int, warmup: int) -> SchedulerFactory:
-    """A factory of schedulers over ``total`` scheduler steps, the first ``warmup`` of which rise linearly."""
+def scheduler_factory(name: str, epochs: int, warmup_epochs: int, per_epoch: int = 1) -> SchedulerFactory:
+    """A factory of schedulers that move ``per_epoch`` times an epoch, and rise linearly in the first epochs."""
     if name not in SCHEDULES:
         raise UserError(
             f"there is no schedule {name!r}{did_you_mean(name, SCHEDULES)}; there are {', '.join(SCHEDULES)}"
         )
-    if warmup >= total and warmup:
-        raise UserError(f"the warm-up takes {warmup} of {total} epochs: it has to be shorter than the run")
+    if warmup_epochs >= epochs and warmup_epochs:
+        raise UserError(f"the warm-up takes {warmup_epochs} of {epochs} epochs: it has to be shorter than the run")
+    total, warmup = epochs * per_epoch, warmup_epochs * per_epoch
 
     def factory(optimizer: Optimizer) -> LRScheduler:
         if not warmup:

@@ -21,6 +21,7 @@ from manpp_kernels.cli.parsing import (
     parse_config,
     read_config,
 )
+from manpp_kernels.cli.recipe import default_weight_decay
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.rules import names as rule_names
 from manpp_kernels.trainer import TrainerConfig
@@ -52,7 +53,9 @@ class RunConfig:
     batch_size: int = option(128, "images a step", minimum=2)
     optimizer: str = option("sgd", "any optimizer of torch.optim; sgd comes with Nesterov momentum", metavar="NAME")
     lr: float | None = option(None, "learning rate; by default 0.1 per 128 images for sgd, 0.001 for adamw", minimum=0)
-    weight_decay: float = option(TrainerConfig.weight_decay, "weight decay of the optimizer", minimum=0)
+    weight_decay: float | None = option(
+        None, f"weight decay; by default {TrainerConfig.weight_decay:g}, where the optimizer has one", minimum=0
+    )
     optimizer_arg: dict[str, Any] = option({}, "another argument of the optimizer, as momentum=0.8; repeatable")
     schedule: Literal["cosine", "linear", "step", "constant"] = option("cosine", "of the learning rate")
     warmup: int = option(0, "epochs in which the learning rate rises first", minimum=0)
@@ -135,9 +138,12 @@ class Settings:
         }
         rule = {spec.name: given[spec.name] for spec in _rule_options() if spec.name in given}
         try:
+            run = RunConfig(**fields(RunConfig))
+            if run.weight_decay is None:
+                run = dataclasses.replace(run, weight_decay=default_weight_decay(run.optimizer))
             settings = cls(
                 DataConfig(**fields(DataConfig)),
-                RunConfig(**fields(RunConfig)),
+                run,
                 TrainerConfig(**trainer, rule_options=rule or None),
             )
             make_rule(settings.trainer.rule, settings.trainer.rule_options)
@@ -162,8 +168,9 @@ class Settings:
         path.write_text(yaml.safe_dump(self.content(), sort_keys=False), encoding="utf-8")
 
     def content(self) -> dict[str, Any]:
-        """The keys and values of that file."""
-        return {key(name): _plain(value) for name, value in self.values().items() if value not in (None, {})}
+        """The keys and values of that file: all but the folder, so that the same run again has one of its own."""
+        values = {name: value for name, value in self.values().items() if name != "out"}
+        return {key(name): _plain(value) for name, value in values.items() if value not in (None, {})}
 
 
 def _shallow(config: Any) -> dict[str, Any]:

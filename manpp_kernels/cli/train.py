@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,23 +34,24 @@ def run(args: argparse.Namespace) -> int:
     from manpp_kernels.cli.training import resume_hint, train
 
     given = {name: value for name, value in vars(args).items() if name not in ("command", "config", "resume", "recipe")}
+    place: Path | Callable[[], Path]
     if args.resume is not None:
         for name in ("config", "recipe"):
             if getattr(args, name) is not None:
                 raise UserError(f"--resume continues a run with its own options: leave out --{name}")
-        folder, checkpoint = _saved_run(args.resume)
-        settings = _resumed(given, folder)
+        place, checkpoint = _saved_run(args.resume)
+        settings = _resumed(given, place)
     else:
         checkpoint = None
         given = {**(from_file(args.config) if args.config is not None else {}), **given}
         settings = Settings.of(given if args.recipe is None else _by_recipe(args.recipe, given))
-        folder = new_folder(settings)
+        place = new_folder(settings)
     display = Display()
-    result = train(settings, folder, display, resume=checkpoint)
+    result = train(settings, place, display, resume=checkpoint)
     display.console.print(results_table({settings.trainer.rule: result.history}, result.on_gpu))
-    display.console.print(f"files of the run: {folder}", highlight=False, soft_wrap=True)
+    display.console.print(f"files of the run: {result.folder}", highlight=False, soft_wrap=True)
     if result.interrupted:
-        print(resume_hint(folder), file=sys.stderr)
+        print(resume_hint(result.folder), file=sys.stderr)
         return 130
     return 0
 
@@ -60,35 +64,69 @@ def _by_recipe(name: str, given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(str(error)) from error
     if found.data is None and "data" not in given:
         raise UserError(f"the recipe {name!r} needs the folder of its images: --data folder:PATH")
-    # The rule's own options belong to the recipe's rule: with another rule they are left out.
     settings = found.settings()
+    # What belongs to the recipe's rule, host or optimizer is left out where another takes its place.
+    dropped: set[str] = set()
     if given.get("rule", found.rule) != found.rule:
-        settings = {option: value for option, value in settings.items() if option not in found.rule_options}
-    return {**settings, **given}
+        dropped |= set(found.rule_options)
+    if given.get("host", settings.get("host")) != settings.get("host"):
+        dropped |= {"host_options"}
+    if given.get("optimizer", settings["optimizer"]).lower() != settings["optimizer"]:
+        dropped |= {"optimizer_arg", "lr", "weight_decay"}
+    return {**{option: value for option, value in settings.items() if option not in dropped}, **given}
 
 
-def new_folder(settings: Settings) -> Path:
-    """The folder of a new run."""
-    from manpp_kernels.cli.training import CONFIG_NAME
-
+def new_folder(settings: Settings) -> Path | Callable[[], Path]:
+    """The folder of a new run, or what makes one where none was asked for."""
     if settings.run.out is None:
         data = settings.data.data.removeprefix("folder:").rstrip("/").rpartition("/")[2]
-        moment = datetime.now().strftime("%Y%m%d-%H%M%S")
-        return Path("runs") / f"{data}-{settings.run.model}-{settings.trainer.rule}-{moment}"
-    if (settings.run.out / CONFIG_NAME).exists():
-        raise UserError(f"{settings.run.out} holds a run already: continue it with --resume, or choose another folder")
-    if settings.run.out.exists() and not settings.run.out.is_dir():
-        raise UserError(f"{settings.run.out} is a file, and --out needs a folder")
+        return dated_folder(f"{data}-{settings.run.model}-{settings.trainer.rule}")
+    check_folder(settings.run.out)
     return settings.run.out
+
+
+def dated_folder(name: str) -> Callable[[], Path]:
+    """What makes a new folder in runs/, of this name and the present moment; a number follows where that is taken."""
+    return functools.partial(_make_new, Path("runs") / f"{name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _make_new(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, numbers = path, itertools.count(2)
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            folder = path.with_name(f"{path.name}-{next(numbers)}")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise where ``folder`` has a run that a new one would overwrite.
+
+    Settings are written before the first step, a checkpoint after the first epoch: without one, a run starts again.
+    """
+    from manpp_kernels.cli.training import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME
+
+    if (folder / CONFIG_NAME).exists():
+        if (folder / CHECKPOINT_NAME).exists():
+            raise UserError(f"{folder} holds a run already: continue it with --resume, or choose another folder")
+        if (folder / SUMMARY_NAME).exists():
+            raise UserError(f"{folder} holds a finished run, whose checkpoint is gone: choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and --out needs a folder")
 
 
 def _saved_run(path: Path) -> tuple[Path, Path]:
     """Folder and checkpoint of a run, from the path of either."""
-    from manpp_kernels.cli.training import CHECKPOINT_NAME, CONFIG_NAME
+    from manpp_kernels.cli.training import CHECKPOINT_NAME, CONFIG_NAME, SUMMARY_NAME
 
     folder, checkpoint = (path, path / CHECKPOINT_NAME) if path.is_dir() else (path.parent, path)
     if not checkpoint.is_file():
-        raise UserError(f"there is no checkpoint {checkpoint}")
+        config = folder / CONFIG_NAME
+        died = path.is_dir() and config.is_file() and not (folder / SUMMARY_NAME).exists()
+        again = f": start the run again with --config {config} --out {folder}" if died else ""
+        raise UserError(f"there is no checkpoint {checkpoint}{again}")
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{folder} holds no run: there is no {CONFIG_NAME} in it")
     return folder, checkpoint
@@ -99,7 +137,7 @@ def _resumed(given: dict[str, Any], folder: Path) -> Settings:
     from manpp_kernels.cli.training import CONFIG_NAME
 
     saved = Settings.of(from_file(folder / CONFIG_NAME))
-    values = saved.values()
+    values = {**saved.values(), "out": folder}
     for name, value in given.items():
         if name not in FREE_ON_RESUME and values.get(name) != value:
             raise UserError(f"--resume continues a run as it was, and --{key(name)} would change it: leave it out")

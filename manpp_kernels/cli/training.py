@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,13 +26,14 @@ from manpp_kernels.cli.recipe import default_lr, optimizer_factory, scheduler_fa
 from manpp_kernels.cli.settings import Settings
 from manpp_kernels.cli.summary import summary
 from manpp_kernels.data import DataError, ImageData, evaluation_loader, load, training_loader
-from manpp_kernels.local.auxiliary import Criterion
 from manpp_kernels.local.rules import with_normalization
+from manpp_kernels.local.targets import Criterion
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
 
 CONFIG_NAME = "config.yaml"
 SUMMARY_NAME = "summary.json"
+_NO_MEMORY = "the GPU's memory does not suffice: try a smaller --batch-size, a larger --accumulate, or --amp bf16"
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,20 @@ class Result:
 
 def train(
     settings: Settings,
-    folder: Path,
+    place: Path | Callable[[], Path],
     display: Display,
     *,
     resume: Path | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Result:
-    """Train as the settings say, and leave everything in ``folder``.
+    """Train as the settings say, and leave everything in one folder.
 
     Files: config.yaml (the settings), checkpoint.pt (after every epoch), history.csv, TensorBoard events, curves.png,
     model.safetensors, the weights of the model itself, blocks.csv where the blocks are observed, and, once all epochs
     are done, summary.json.
 
     Args:
+        place: the folder; or what makes a new one, called once everything has proved to fit.
         resume: a checkpoint to continue from.
         stop: asked after every step; True ends the run as Ctrl-C does.
 
@@ -77,9 +80,9 @@ def train(
         trainer = _trainer(settings, device, data, len(loader), None if observer is None else observer.criterion)
         if resume is not None:
             trainer.load(resume)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.save(folder / CONFIG_NAME)
+        folder = place if isinstance(place, Path) else place()
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.save(folder / CONFIG_NAME)
     if observer is not None:
         observer.attach(trainer, folder)
     with contextlib.ExitStack() as stack:
@@ -118,9 +121,7 @@ def train(
                 checkpoint_dir=folder,
             )
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                "the GPU's memory does not suffice: try a smaller --batch-size, a larger --accumulate, or --amp bf16"
-            ) from error
+            raise UserError(_NO_MEMORY) from error
         except DataError as error:
             raise UserError(str(error)) from error
     plot_curves({settings.trainer.rule: history}, folder / "curves.png")
@@ -167,8 +168,24 @@ def _as_user_errors() -> Iterator[None]:
     """While a run is put together, a value that does not fit is the user's; once it trains, it would be a bug."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(_NO_MEMORY) from error
     except (DataError, ValueError, TypeError, OSError) as error:
         raise UserError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _fitting(model: str, size: int) -> Iterator[None]:
+    """While a network is made and sees its first images, what it asserts and what its layers refuse is their size."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(
+            f"{model} cannot be made for images of {size}x{size} ({reason}): choose another --image-size or --model"
+        ) from error
 
 
 def _device(name: str) -> torch.device:
@@ -223,47 +240,55 @@ def _trainer(
         )
     lr = default_lr(run.optimizer, run.batch_size) if run.lr is None else run.lr
     per_epoch = steps if settings.trainer.schedule == "step" else 1
-    return LocalTrainer(
-        build_model(run.model, data.num_classes),
-        dataclasses.replace(
-            settings.trainer,
-            rule_options=with_normalization(
-                settings.trainer.rule, settings.trainer.rule_options, tuple(data.mean), tuple(data.std)
-            ),
-        ),
-        example=(3, data.size, data.size),
-        num_classes=data.num_classes,
-        optimizer=optimizer_factory(run.optimizer, lr, run.weight_decay, run.optimizer_arg),
-        scheduler=scheduler_factory(run.schedule, run.epochs * per_epoch, run.warmup * per_epoch),
-        criterion=criterion,
-        device=device,
+    rule_options = with_normalization(
+        settings.trainer.rule, settings.trainer.rule_options, tuple(data.mean), tuple(data.std)
     )
+    with _fitting(run.model, data.size):
+        return LocalTrainer(
+            build_model(run.model, data.num_classes, data.size),
+            dataclasses.replace(settings.trainer, rule_options=rule_options),
+            example=(3, data.size, data.size),
+            num_classes=data.num_classes,
+            optimizer=optimizer_factory(run.optimizer, lr, run.weight_decay, run.optimizer_arg),
+            scheduler=scheduler_factory(run.schedule, run.epochs, run.warmup, per_epoch),
+            criterion=criterion,
+            device=device,
+        )
 
 
-def build_model(name: str, num_classes: int) -> nn.Module:
-    """One of this package's models, of torchvision's or, as ``timm/NAME``, of timm's, untrained."""
+def build_model(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
+    """One of this package's models, of torchvision's or, as ``timm/NAME``, of timm's, untrained.
+
+    A vision transformer, whose position embedding fits images of one size, is made for those of ``image_size``, or
+    where that is None for those that it was published with.
+    """
     library, _, timm_name = name.rpartition("/")
     if library == "timm":
-        return _timm_model(timm_name, num_classes)
+        return _timm_model(timm_name, num_classes, image_size)
     from torchvision import models
 
     theirs = models.list_models(module=models)
     if name in MODELS:
         return MODELS[name](num_classes)
     if name in theirs:
-        return models.get_model(name, weights=None, num_classes=num_classes)
+        made = inspect.signature(models.get_model_builder(name)).return_annotation
+        sized = {} if image_size is None or made is not models.VisionTransformer else {"image_size": image_size}
+        return models.get_model(name, weights=None, num_classes=num_classes, **sized)
     raise UserError(
         f"there is no model {name!r}{did_you_mean(name, [*MODELS, *theirs])}; there are {', '.join(MODELS)}, "
         "torchvision's classification models, and timm's as timm/NAME"
     )
 
 
-def _timm_model(name: str, num_classes: int) -> nn.Module:
+def _timm_model(name: str, num_classes: int, image_size: int | None) -> nn.Module:
     try:
         import timm
     except ModuleNotFoundError as error:
         raise UserError(f"timm/{name} needs timm: pip install timm") from error
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    # What timm itself asks before it gives a model the size of the images that it was published with.
+    fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    sized: dict[str, Any] = {} if image_size is None or not fixed else {"img_size": image_size}
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, **sized)
     return model
