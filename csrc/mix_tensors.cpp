@@ -39,19 +39,33 @@ MixGradients mix_gradients(
     return torch::stable::new_empty(like, {&none, 1});
   };
   bool need_scale = lb_out && ema_out;
+  Tensor result_a = need_lb ? torch::stable::empty_like(grad) : nothing(grad);
+  Tensor result_b = need_ema ? torch::stable::empty_like(grad) : nothing(grad);
   MixGradients t{
       g,
       need_scale ? matching(*lb_out, g) : nothing(grad),
       need_scale ? matching(*ema_out, g) : nothing(grad),
-      need_lb ? empty_with_layout(g, g) : nothing(grad),
-      need_ema ? empty_with_layout(g, g) : nothing(grad),
+      !need_lb || same_layout(result_a, g) ? result_a : empty_with_layout(g, g),
+      !need_ema || same_layout(result_b, g) ? result_b : empty_with_layout(g, g),
       need_scale ? torch::stable::empty_like(scale) : nothing(scale),
+      result_a,
+      result_b,
       layout,
       need_scale};
   STD_TORCH_CHECK(
       !need_scale || (dtype_of(t.a) == dtype_of(g) && dtype_of(t.b) == dtype_of(g)),
       "manpp_kernels: grad, lb_out and ema_out have to be of one dtype");
   return t;
+}
+
+std::tuple<Tensor, Tensor, Tensor> MixGradients::results() {
+  if (grad_a.get() != result_a.get()) {
+    torch::stable::copy_(result_a, grad_a);
+  }
+  if (grad_b.get() != result_b.get()) {
+    torch::stable::copy_(result_b, grad_b);
+  }
+  return {result_a, result_b, grad_scale};
 }
 
 } // namespace manpp

@@ -1,6 +1,8 @@
 // What scale_bias_mix does with its tensors before a kernel runs, on any device.
 #pragma once
 
+#include <tuple>
+
 #include "table.h"
 
 namespace manpp {
@@ -14,7 +16,8 @@ struct MixInputs {
 
 MixInputs mix_inputs(const Tensor& lb_out, const Tensor& ema_out, const Tensor& scale);
 
-// The same for the backward pass, with the results allocated; what is not wanted is an empty tensor.
+// The same for the backward pass, with the results allocated; what is not wanted is an empty tensor. Kernels write grad_a
+// and grad_b, which are laid out like grad; results() has them laid out like the gradient that came in.
 struct MixGradients {
   Tensor grad;
   Tensor a;
@@ -22,8 +25,12 @@ struct MixGradients {
   Tensor grad_a;
   Tensor grad_b;
   Tensor grad_scale;
+  Tensor result_a;
+  Tensor result_b;
   ChannelLayout layout;
   bool need_scale;
+
+  std::tuple<Tensor, Tensor, Tensor> results();
 };
 
 MixGradients mix_gradients(

@@ -57,19 +57,28 @@ def _average(
     _average_each(ema, params, decay, rounding)
 
 
+def _real(t: Tensor) -> Tensor:
+    """A complex tensor as its real and imaginary parts, which are averaged alike; another as it is."""
+    return torch.view_as_real(t.detach()) if t.is_complex() else t
+
+
 @torch.no_grad()
 def _average_each(ema: Sequence[Tensor], params: Sequence[Tensor], decay: float, rounding: Rounding) -> None:
     averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
     for e, p in zip(map(_local, ema), map(_local, params), strict=True):
         if e.is_complex() and p.is_complex():
-            e, p = torch.view_as_real(e), torch.view_as_real(p)
+            e, p = _real(e), _real(p)
         if e.is_floating_point():
             averaged[0].append(e)
             averaged[1].append(p)
         else:
             # A counter or mask: averaged in floating point and cut, as PyTorch's own function does.
             e.copy_(e * decay + p * (1 - decay))
-    ema_scale_update(*averaged, decay, rounding=rounding)
+    try:
+        ema_scale_update(*averaged, decay, rounding=rounding)
+    except _checks.OverlapError:  # views of one storage, one after the other as a loop would average them
+        for e, p in zip(*averaged, strict=True):
+            ema_scale_update(e, p, decay, rounding=rounding)
 
 
 def ema_multi_avg_fn(
@@ -142,10 +151,15 @@ class _Launches:
             lists = groups[e.device, rounding(e.dtype)]
             lists[0].append(e)
             lists[1].append(p)
-        self._plans = [
-            EmaPlan(*lists, rounding=kind, generator=generator(device) if kind == "stochastic" else None)
-            for (device, kind), lists in groups.items()
-        ]
+        self._plans: list[EmaPlan] = []
+        for (device, kind), lists in groups.items():
+            build = functools.partial(
+                EmaPlan, rounding=kind, generator=generator(device) if kind == "stochastic" else None
+            )
+            try:
+                self._plans.append(build(*lists))
+            except _checks.OverlapError:  # views of one storage, one after the other as a loop would average them
+                self._plans += [build(*pair) for pair in zip(*lists, strict=True)]
         self._copied = [(e, p) for _, e, p in copied]
 
     def run(self, decay: float) -> None:
@@ -294,7 +308,8 @@ class ModelEma(nn.Module):
         return averaged, [pair for pair in pairs if not pair[1].is_floating_point()]
 
     def _pair_parameters(self, model: nn.Module) -> tuple[list[Pair], list[Pair]]:
-        averaged = self._pairs(dict(self.module.named_parameters()), dict(model.named_parameters()))
+        pairs = self._pairs(dict(self.module.named_parameters()), dict(model.named_parameters()))
+        averaged = [(name, _real(e), _real(p)) for name, e, p in pairs]
         return averaged, self._pairs(dict(self.module.named_buffers()), dict(model.named_buffers()))
 
     @staticmethod
@@ -319,15 +334,18 @@ class ModelEma(nn.Module):
         self._model: weakref.ref[nn.Module] | None = None
 
     def _launches(self, model: nn.Module, pair: Callable[[nn.Module], tuple[list[Pair], list[Pair]]]) -> _Launches:
-        # Tensors that move within their parameter (.data, module.to) the plans notice themselves. Assigned parameters
-        # and buffers are new tensors, which a walk over the modules finds, at a third of the price of a state_dict.
-        parts = [*map(id, _parts(model, _parts(self.module, [])))]
+        # Assigned parameters and buffers are new tensors, and what moves to another dtype or device within its
+        # parameter (.data, module.to) has a new address: a walk over the modules finds both, at a third of the price of
+        # a state_dict.
+        tensors = _parts(model, _parts(self.module, []))
+        parts = [*map(id, tensors)]
+        known = parts + [t.data_ptr() for t in tensors if t is not None]
         if self._model is None or self._model() is not model:
             self._forget()
             self._model = weakref.ref(model, _forgetting(self))
         kind = pair.__name__
         found = self._prepared.get(kind)
-        if found is not None and found[0] == parts:
+        if found is not None and found[0] == known:
             return found[1]
         averaged, copied = pair(model)
         launches = _Launches(averaged, copied, self._rounding, self._generator)
@@ -335,7 +353,7 @@ class ModelEma(nn.Module):
         # then the next step has to look again.
         own = set(parts)
         if all(id(t) in own for _, *both in averaged + copied for t in both):
-            self._prepared[kind] = parts, launches
+            self._prepared[kind] = known, launches
         return launches
 
     def _rounding(self, dtype: torch.dtype) -> Rounding:

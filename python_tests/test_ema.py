@@ -235,3 +235,31 @@ def test_modules_without_parameters() -> None:
     ema.update(nn.ReLU())
     ema.set(nn.ReLU())
     assert ema(torch.tensor(-1.0)).item() == 0.0
+
+
+@pytest.mark.parametrize("exclude_buffers", [False, True])
+def test_tensors_that_share_memory(target: Target, exclude_buffers: bool) -> None:
+    """Two buffers that are views of one storage, which deepcopy keeps, are averaged one after the other."""
+    model = Net().to(target.device)
+    base = torch.randn(11, device=target.device)
+    model.register_buffer("first", base[1:])
+    model.register_buffer("second", base[:-1])
+    ours, theirs = side_by_side(model, decay=0.5, exclude_buffers=exclude_buffers)
+    for step in range(3):
+        change(model, step)
+        ours.update(model)
+        theirs.update(model)
+        assert_same(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("exclude_buffers", [False, True])
+def test_complex_parameters(target: Target, exclude_buffers: bool) -> None:
+    model = nn.Linear(3, 2, dtype=torch.cfloat).to(target.device)
+    ours, theirs = side_by_side(model, decay=0.5, exclude_buffers=exclude_buffers)
+    for step in range(3):
+        change(model, step)
+        ours.update(model)
+        theirs.update(model)
+    if exclude_buffers:  # else they are copied, as timm does
+        assert not torch.equal(ours.module.weight, model.weight)
+    assert_same(ours, theirs, rtol=2e-6, atol=2e-6)

@@ -143,6 +143,42 @@ def test_tensors_that_move_between_updates(target: Target, move: str, exclude_bu
         assert_same(ours, theirs, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("exclude_buffers", [False, True])
+@pytest.mark.parametrize("move", ["model", "ema"])
+def test_a_model_without_buffers_that_changes_its_dtype(target: Target, move: str, exclude_buffers: bool) -> None:
+    """Its parameters are the same objects afterwards, and how they are rounded is another question."""
+    model = nn.Linear(4000, 1, bias=False).to(target.device)
+    nn.init.ones_(model.weight)
+    ema = ModelEma(model, decay=0.999, exclude_buffers=exclude_buffers)
+    ema.update(model)
+    for module in (model, ema) if move == "ema" else (ema.module,):
+        module.bfloat16()
+    nn.init.zeros_(model.weight)
+    for _ in range(100):
+        ema.update(model)
+    assert ema.module.weight.dtype == torch.bfloat16
+    assert abs(ema.module.weight.float().mean() - 0.999**100) < 0.01, "rounded to nearest it stays at 1"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("move", ["model", "ema", "both"])
+def test_a_model_without_buffers_that_changes_its_device(move: str) -> None:
+    model = nn.Linear(5, 3)
+    ours, theirs = side_by_side(model, decay=0.5)
+    for step in range(4):
+        change(model, step)
+        ours.update(model)
+        if step == 1 and move != "ema":
+            model.cuda()
+        if step == 1 and move != "model":
+            ours.cuda()
+        for e, p in zip(theirs.module.parameters(), model.parameters(), strict=True):
+            e.data.lerp_(p.data.cpu(), 0.5)
+    for a, b in zip(ours.module.parameters(), theirs.module.parameters(), strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+
+
 def test_another_model_and_a_model_that_is_gone(target: Target) -> None:
     first, second = Net().to(target.device), Net().to(target.device)
     ours, theirs = side_by_side(first, decay=0.5)

@@ -37,6 +37,9 @@ def assert_same(ours: nn.Module, theirs: nn.Module, tolerance: float = 2e-6) -> 
 def test_beside_pytorchs(target: Target, decay: float, use_buffers: bool) -> None:
     model = Net().to(target.device)
     model.register_buffer("count", torch.tensor(10))
+    base = torch.randn(11, device=target.device)
+    model.register_buffer("first", base[1:])  # shares memory with the next
+    model.register_buffer("second", base[:-1])
     if use_buffers:
         del model.mask  # PyTorch's own cannot average a boolean buffer
     ours, theirs = side_by_side(model, decay, use_buffers=use_buffers)

@@ -100,3 +100,16 @@ def test_backward_is_deterministic(target: Target) -> None:
 
     first = gradient()
     assert all(torch.equal(gradient(), first) for _ in range(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_to_be_differentiated_again_is_as_exact(target: Target, dtype: torch.dtype) -> None:
+    ema, params, bias, grad = (list(x) for x in torch.randn(4, 3, 500, device=target.device).to(dtype).unbind())
+    bias = [b.requires_grad_() for b in bias]
+    scale = torch.tensor(0.75, dtype=dtype, device=target.device, requires_grad=True)
+    weights = ema_scale_update(ema, params, 0.9, scale=scale, bias=bias)
+    grad = [g.requires_grad_() for g in grad]
+    found = [torch.autograd.grad(weights, scale, grad, retain_graph=True, create_graph=c)[0] for c in (False, True)]
+    exact = sum((g.double() * (b.double() - e.double())).sum() for g, b, e in zip(grad, bias, ema, strict=True))
+    for got in found:
+        torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3)

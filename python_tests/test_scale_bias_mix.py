@@ -107,6 +107,34 @@ def test_a_scale_that_is_not_contiguous(target: Target, layout: str) -> None:
         check(lb, ema, view, grad_layout=layout)
 
 
+def test_a_scale_of_one_entry_is_a_scalar(target: Target) -> None:
+    lb, ema = maps((3, 5, 4), torch.float32, target.device)
+    scale = torch.tensor([0.75], device=target.device, requires_grad=True)
+    out = scale_bias_mix(lb, ema, scale)
+    assert torch.equal(out, scale_bias_mix(lb, ema, scale.detach()[0]))
+    (got,) = torch.autograd.grad(out.sum(), scale)
+    torch.testing.assert_close(got, (lb - ema).sum().reshape(1))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_gradients_are_laid_out_like_the_gradient_that_came_in(target: Target, per_channel: bool) -> None:
+    """As the fake kernel says, and with it what torch.compile generates."""
+    maps, wide = torch.randn(2, 9, 3, 5, device=target.device), torch.randn(2, 12, 3, 5, device=target.device)
+    grads = {
+        "channel-major": maps.transpose(0, 1).contiguous().transpose(0, 1),
+        "slice": wide[:, :9],
+        "slice of channels_last": wide.to(memory_format=torch.channels_last)[:, :9],
+        "expanded": maps[..., :1, :1].expand(2, 9, 3, 5),
+    }
+    scale = torch.rand((9,) if per_channel else (), device=target.device)
+    for name, grad in grads.items():
+        got = torch.ops.manpp_kernels.scale_bias_mix_backward(grad, maps, maps.flip(1), scale, 2.0, True, True)
+        s = scale.view(-1, 1, 1) if per_channel else scale
+        for g, exact in zip(got, (s * grad, (2 - s) * grad), strict=False):
+            torch.testing.assert_close(g, exact)
+            assert g.stride() == torch.empty_like(grad).stride(), name
+
+
 def test_large_maps(target: Target) -> None:
     """Large enough for several threads or blocks, of which one has less to do."""
     for layout in ("contiguous", "channels_last"):

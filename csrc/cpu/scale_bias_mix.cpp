@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_mix_backward(
     if (t.need_scale) {
       torch::stable::zero_(t.grad_scale);
     }
-    return {t.grad_a, t.grad_b, t.grad_scale};
+    return t.results();
   }
   Gradients pointers{
       t.grad.data_ptr(),
@@ -281,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_mix_backward(
   if (t.need_scale) {
     store_block(dtype_of(scale), sums.data(), static_cast<int64_t>(sums.size()), t.grad_scale.data_ptr());
   }
-  return {t.grad_a, t.grad_b, t.grad_scale};
+  return t.results();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m) {

@@ -309,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_bias_mix_backward(
   } else if (t.need_scale) {
     torch::stable::zero_(t.grad_scale);
   }
-  return {t.grad_a, t.grad_b, t.grad_scale};
+  return t.results();
 }
 
 MANPP_CUDA_OPERATORS(m) {

@@ -16,6 +16,11 @@ def _arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def _widest(device: torch.device) -> torch.dtype:
+    """The dtype to add up in: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _mix32(x: Tensor) -> Tensor:
     """The finaliser of MurmurHash3 on 32-bit values held in int64."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
@@ -87,7 +92,7 @@ def ema_scale_update(
         if momentum_tensor is None:
             updated = e.to(dtype) * momentum + p.to(dtype) * (1.0 - momentum)
         else:
-            m = momentum_tensor.to(torch.float64)
+            m = momentum_tensor.to(_widest(momentum_tensor.device))
             updated = e.to(dtype) * m.to(dtype) + p.to(dtype) * (1.0 - m).to(dtype)
         if seed is not None and e.dtype in (torch.bfloat16, torch.float16):
             x = updated.to(torch.float32)
@@ -113,17 +118,19 @@ def ema_scale_update_backward(
     grad_bias: list[Tensor],
     grad_scale: Tensor | None,
 ) -> None:
+    sums = None
     if grad_scale is not None:
-        grad_scale.zero_()
+        sums = torch.zeros(grad_scale.numel(), dtype=_widest(grad_scale.device), device=grad_scale.device)
     for i, g in enumerate(grad):
         # bias and ema come only where the gradient of scale is asked for.
         dtype = _arithmetic_dtype(g, *bias[i : i + 1], *ema[i : i + 1])
         group = groups[i] if groups else 0
         if grad_bias:
             grad_bias[i].copy_(scale.reshape(-1)[group].to(dtype) * g.to(dtype))
-        if grad_scale is not None:
-            share = (g.to(dtype) * (bias[i].to(dtype) - ema[i].to(dtype))).sum(dtype=torch.float64)
-            grad_scale.view(-1)[group] += share.to(grad_scale.dtype)
+        if sums is not None:
+            sums[group] += (g.to(dtype) * (bias[i].to(dtype) - ema[i].to(dtype))).sum(dtype=sums.dtype)
+    if grad_scale is not None and sums is not None:
+        grad_scale.copy_(sums.view(grad_scale.shape))
 
 
 def _per_channel(scale: Tensor, x: Tensor) -> Tensor:

@@ -234,9 +234,10 @@ class ParameterTransform(EmaTransform):
         if values is None:
             if self._plan is None:
                 ema, params = zip(*self.pairs(), strict=True)
-                self._plan = EmaPlan(ema, params, bias=[b.detach() for b in self.beta()], total=self.total)
+                self._plan = EmaPlan(ema, params, bias=self.beta(), total=self.total)
             # At momentum 1 the EMA stays as it is, which leaves the weights alone: one launch.
-            values = self._plan.update(1.0, scale=self.scale.detach())
+            with torch.no_grad():
+                values = self._plan.update(1.0, scale=self.scale)
             assert values is not None
         phi = [p.detach() for p in self.ema.parameters()]
         return attach_effective_weights(values, self.scale, self.beta(), phi, [], self.total)
@@ -265,12 +266,12 @@ class EmaUpdates:
         self._weights: EmaPlan | None = None
         if mixed:
             (total,) = {t.total for t in mixed}
-            # The plan sees the values of beta alone: a graph common to all blocks would have to outlive each block.
-            beta = [b.detach() for t in mixed for b in t.beta()]
+            beta = [b for t in mixed for b in t.beta()]
             groups = [g for g, t in enumerate(mixed) for _ in t.beta()]
             self._weights = EmaPlan(*_columns(mixed), bias=beta, groups=groups, total=total)
 
-    @torch.no_grad()  # the weights join the graph in each block's forward
+    # The weights join the graph in each block's forward: a graph common to all blocks would have to outlive each block.
+    @torch.no_grad()
     def update(self) -> None:
         """Move every EMA one step towards its source."""
         if self._plain is not None:

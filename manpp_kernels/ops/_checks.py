@@ -106,7 +106,8 @@ def check_generator(generator: torch.Generator, device: torch.device) -> None:
     """A random number generator for ``device``."""
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator has to be a torch.Generator, and is {type(generator).__name__}")
-    if generator.device.type != device.type:
+    made_for = generator.device
+    if made_for.type != device.type or made_for.index not in (None, device.index):
         raise ValueError(f"generator is for {generator.device}, and ema is on {device}")
 
 
@@ -122,6 +123,10 @@ def check_writable(ema: Sequence[Tensor]) -> None:
 
 
 Named = tuple[str, int, Tensor]
+
+
+class OverlapError(ValueError):
+    """A tensor to be written shares memory with another."""
 
 
 def _extent(t: Tensor) -> int:
@@ -163,6 +168,8 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
                 if is_written and not t.is_contiguous():
                     _check_no_internal_overlap(name, i, t)
                 start = t.data_ptr()
+                if start == 0 and hasattr(t, "to_local"):
+                    raise TypeError(f"{name}[{i}] is a {type(t).__name__}, sharded over ranks; pass its to_local()")
                 if start == 0:
                     raise ValueError(f"{name}[{i}] has no memory: its storage was freed (by resize_(0), or by FSDP)")
                 spans.append((start, start + _extent(t), is_written, name, i, t))
@@ -174,7 +181,7 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
             # Spans may interleave without sharing a byte (two columns of one matrix): only then look at every byte.
             if (span[2] or other[2]) and _overlap(span[5], other[5]):
                 first, second = (span, other) if span[2] else (other, span)
-                raise ValueError(f"{first[3]}[{first[4]}] overlaps {second[3]}[{second[4]}] in memory")
+                raise OverlapError(f"{first[3]}[{first[4]}] overlaps {second[3]}[{second[4]}] in memory")
         live.append(span)
 
 

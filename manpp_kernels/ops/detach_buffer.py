@@ -117,6 +117,10 @@ class DetachBuffer:
         with torch.inference_mode(False):  # a buffer first used in inference serves training, too
             like = torch.empty_like(x.detach(), dtype=self.dtype, memory_format=layout)
             self._ring = [_Slot(torch.empty_like(like)) for _ in range(self.slots)]
+        for slot in self._ring:
+            # The allocator orders new memory after its last use on this stream alone, and the first put may come on
+            # another: that waits for this.
+            slot.released.record()
         self._puts = 0
 
     def put(self, x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The same in plain PyTorch, so that the gradients can be differentiated again (gradient penalties, checks)."""
     flat = scale.reshape(-1)
-    grad_scale = torch.zeros_like(flat) if ctx.need_scale else None
+    grad_scale = torch.zeros_like(flat, dtype=eager._arithmetic_dtype(flat)) if ctx.need_scale else None
     grad_bias: list[Tensor | None] = [None] * ctx.count
     for i, g in enumerate(grads):
         if g is None:
@@ -121,9 +121,10 @@ def _differentiable_backward(
         if ctx.need_bias:
             grad_bias[i] = (flat[group] * g).to(ctx.bias_dtypes[i])
         if grad_scale is not None:
-            share = (g * (bias[i] - ema[i])).sum().to(scale.dtype)
+            dtype = eager._arithmetic_dtype(g, bias[i], ema[i])
+            share = (g.to(dtype) * (bias[i].to(dtype) - ema[i].to(dtype))).sum().to(grad_scale.dtype)
             grad_scale = grad_scale.index_add(0, torch.tensor([group], device=scale.device), share.reshape(1))
-    return None if grad_scale is None else grad_scale.view(scale.shape), grad_bias
+    return None if grad_scale is None else grad_scale.to(scale.dtype).view(scale.shape), grad_bias
 
 
 def attach_effective_weights(
@@ -344,8 +345,16 @@ def check_arguments(
     _checks.check_scale(scale, bias, groups, total, len(ema))
     if rounding not in _checks.ROUNDINGS:
         raise ValueError(f"rounding has to be one of {', '.join(_checks.ROUNDINGS)}, and is {rounding!r}")
+    compiling = torch.compiler.is_compiling()
+    if bias is not None and not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "the effective weights are not differentiable by torch.func, whose transforms see no write in place; use "
+            "torch.autograd, or update the EMA first and compute the weights inside the transform"
+        )
     devices = {e.device for e in ema}
     for device in devices:
+        if not compiling:
+            backends.override(device)  # a backend that cannot serve one of several devices is an error before the first
         _checks.check_momentum(momentum, device)
         if scale is not None and scale.device != device:
             raise ValueError(f"scale is on {scale.device}, and there are ema tensors on {device}")
@@ -354,7 +363,7 @@ def check_arguments(
     if not devices:
         _checks.check_momentum(momentum, momentum.device if isinstance(momentum, Tensor) else torch.device("cpu"))
     _checks.check_writable(ema)
-    if not torch.compiler.is_compiling():
+    if not compiling:
         read = [("params", i, p) for i, p in enumerate(params)]
         read += [("bias", i, b) for i, b in enumerate(bias or ())]
         _checks.check_no_overlap([("ema", i, e) for i, e in enumerate(ema)], read)

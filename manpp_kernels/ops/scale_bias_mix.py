@@ -109,7 +109,8 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
     Args:
         lb_out: any shape, of float64, float32, bfloat16 or float16.
         ema_out: the same shape and device. Of another dtype, both are promoted as PyTorch promotes them.
-        scale: 0-dim, or of shape ``(C,)`` for one entry per channel (dimension 1 of ``lb_out``); any of these dtypes.
+        scale: 0-dim or of shape ``(1,)``, or of shape ``(C,)`` for one entry per channel (dimension 1 of ``lb_out``);
+            any of these dtypes.
         total: what the two coefficients sum to; 2 as published.
 
     Returns:
@@ -125,6 +126,8 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
             raise ValueError(f"{name} is on {t.device}, lb_out on {lb_out.device}")
     if lb_out.shape != ema_out.shape:
         raise ValueError(f"ema_out has the shape {tuple(ema_out.shape)}, lb_out {tuple(lb_out.shape)}")
+    if scale.dim() == 1 and scale.numel() == 1:
+        scale = scale.reshape(())  # FSDP2 shards no parameter of 0 dimensions, so there a scale has one
     if scale.dim() != 0 and (lb_out.dim() < 2 or scale.shape != lb_out.shape[1:2]):
         channels = f"({lb_out.shape[1]},)" if lb_out.dim() >= 2 else "() only, as lb_out has no dimension 1"
         raise ValueError(f"scale has to be of shape () or {channels}, and has {tuple(scale.shape)}")

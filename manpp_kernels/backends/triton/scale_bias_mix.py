@@ -242,9 +242,9 @@ def scale_bias_mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the operator's schema in ``manpp_kernels/ops``."""
     like = torch.empty_like(grad) if need_lb or need_ema or not is_dense(grad) else grad
-    nothing = grad.new_empty(0)
-    grad_lb = like if need_lb else nothing
-    grad_ema = (torch.empty_like(grad) if need_lb else like) if need_ema else nothing
+    # What is not wanted is an empty tensor of its own: no two results of an operator may be the same one.
+    grad_lb = like if need_lb else grad.new_empty(0)
+    grad_ema = (torch.empty_like(grad) if need_lb else like) if need_ema else grad.new_empty(0)
     need_scale = lb_out is not None and ema_out is not None
     grad_scale = torch.empty(scale.shape if need_scale else (0,), dtype=scale.dtype, device=scale.device)
     if not grad.numel():
