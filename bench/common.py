@@ -275,6 +275,8 @@ def run_case(case: Case) -> tuple[list[Row], list[Contender]]:
         contenders.append(_cached_copy(case.moved))
     rows = []
     for mode in MODES:
+        if mode != EAGER and not headline.capture:
+            continue
         taking_part = [c for c in contenders if mode == EAGER or c.capture]
         samples, left_out = race(taking_part, CLOCKS[mode], EFFORT)
         rows.append(_row(case, mode, sets, {c.name: c.ours for c in taking_part}, samples, left_out))

@@ -117,8 +117,10 @@ class GraphClock(DeviceClock):
             try:
                 for call in contender.calls:
                     call()
-            finally:
-                self._graph.capture_end()
+            except Exception:
+                _leave_capture(self._graph)
+                raise
+            self._graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self._calls = [self._graph.replay]
 
@@ -127,6 +129,16 @@ class GraphClock(DeviceClock):
 
     def time(self, count: int) -> float:
         return super().time(count // self._work)
+
+
+def _leave_capture(failed: torch.cuda.CUDAGraph) -> None:
+    """After an error in a capture: random numbers stay in its mode until one ends well, for all contenders after it."""
+    with contextlib.suppress(RuntimeError):
+        failed.capture_end()
+    with contextlib.suppress(RuntimeError):
+        whole = torch.cuda.CUDAGraph()
+        whole.capture_begin()
+        whole.capture_end()
 
 
 class LaunchClock(HostClock):

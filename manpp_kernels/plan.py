@@ -24,6 +24,14 @@ library.define(
 _DTYPE_NUMBER = {dtype: number for number, dtype in enumerate(_checks.EMA_DTYPES)}
 
 
+# What graphs read that a plan may replace when a tensor moves: nothing says when a graph ends, so it is kept for good.
+_kept_for_graphs: dict[int, Tensor] = {}
+
+
+def keep_for_graphs(t: Tensor) -> None:
+    _kept_for_graphs.setdefault(t.data_ptr(), t)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Lists:
     """What a plan was built for; bias, groups and weights are empty without effective weights."""
@@ -73,13 +81,10 @@ class _TritonLaunch:
     update = None
 
     def __init__(self, lists: _Lists) -> None:
-        from manpp_kernels.backends.triton.ema_scale_update import build_table, launch
-
+        self._lists = lists
         self._tensors = [*lists.ema, *lists.params, *lists.bias]
         self._seen = self._look()
-        self._total = lists.total
-        self._launch = launch
-        self._table = build_table(lists.ema, lists.params, lists.bias, lists.weights, lists.groups)
+        self._built = False
 
     def _look(self) -> list[Any]:
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]
@@ -87,9 +92,19 @@ class _TritonLaunch:
     def run(self, momentum: float | Tensor, scale: Tensor | None, seed: Tensor | None) -> bool:
         if self._look() != self._seen:
             return False
+        from manpp_kernels.backends.triton.ema_scale_update import build_table, launch
+
+        lists, device = self._lists, self._tensors[0].device
+        capturing = backends.is_capturing(device)
+        if not self._built:
+            # A table that is built inside a capture is written when that graph runs: of use to no other launch.
+            self._table = build_table(lists.ema, lists.params, lists.bias, lists.weights, lists.groups)
+            self._built = not capturing
+        elif capturing and self._table is not None:
+            keep_for_graphs(self._table.buffer)
         tensor = momentum if isinstance(momentum, Tensor) else None
         value = 0.0 if isinstance(momentum, Tensor) else float(momentum)
-        self._launch(self._table, value, tensor, scale, self._total, seed)
+        launch(self._table, value, tensor, scale, lists.total, seed)
         return True
 
 
@@ -257,6 +272,8 @@ class EmaPlan:
             self._build()
             launch = self._prepare()
         if self._seed is not None:
+            if backends.is_capturing(self.device):
+                keep_for_graphs(self._seed)
             self._seed.random_(op.SEED_MIN, op.SEED_MAX, generator=self.generator)
         ran = launch.run(
             momentum.detach() if isinstance(momentum, Tensor) else momentum,

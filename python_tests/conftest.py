@@ -50,7 +50,10 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         yield request.param
 
 
-@pytest.fixture(params=[t for t in ("cpu", "cuda") if t == "cpu" or torch.cuda.is_available()])
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """Each device there is, with the backend that is picked for it."""
     return str(request.param)

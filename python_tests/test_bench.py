@@ -159,6 +159,15 @@ def test_report_of_every_kind_of_result(bench, tmp_path):
     assert "missed: update" in report.summary(tmp_path)
 
 
+def test_work_that_cannot_be_captured_has_its_eager_row_alone(bench, monkeypatch):
+    common, timing = bench("common"), bench("timing")
+    monkeypatch.setattr(common, "MODES", (common.EAGER, common.GRAPH))
+    monkeypatch.setattr(common, "CLOCKS", {common.EAGER: timing.HostClock, common.GRAPH: timing.HostClock})
+    case = next(case for case in bench("bench_scale_bias_mix").cases() if case.work == "backward")
+    rows, _ = common.run_case(case)
+    assert [row.mode for row in rows] == [common.EAGER]
+
+
 def test_gpu_script_is_sound_bash():
     for name in ("gpu.sh", "cpu.sh"):
         subprocess.run(["bash", "-n", str(BENCH / name)], check=True)

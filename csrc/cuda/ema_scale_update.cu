@@ -2,6 +2,7 @@
 #include "ema_scale_update.h"
 
 #include <memory>
+#include <mutex>
 
 #include "../ema_scale_update.h"
 #include "chunks.cuh"
@@ -273,9 +274,22 @@ EmaLaunch::EmaLaunch(const std::vector<Entry>& entries, const Tensor& like)
   wait_for(stream); // updates may come on other streams; waiting once here spares every one of them an event
 }
 
+// A graph reads its table at every replay, and nothing says when the graph ends; the launch may go before it, as when a
+// tensor has moved. So a table that was captured is never freed: 64 bytes a chunk.
+void EmaLaunch::keep_for_graphs() {
+  static std::mutex mutex;
+  static std::vector<Tensor>& tables = *new std::vector<Tensor>; // not freed at exit, when CUDA may be gone
+  std::lock_guard<std::mutex> lock(mutex);
+  tables.push_back(table_);
+  kept_ = true;
+}
+
 void EmaLaunch::run(const Scalars& scalars) {
   DeviceGuard guard(device_);
   cudaStream_t stream = current_stream(device_);
+  if (!kept_ && is_capturing(stream)) {
+    keep_for_graphs();
+  }
   if (!unwritten_.empty()) {
     write_chunks(unwritten_, weights_, static_cast<Chunk*>(table_.data_ptr()), stream);
     if (!is_capturing(stream)) {

@@ -16,11 +16,14 @@ class EmaLaunch {
   void run(const Scalars& scalars);
 
  private:
+  void keep_for_graphs();
+
   int device_;
   int kernel_;
   uint32_t chunks_;
   bool weights_ = false;
   Tensor table_;
+  bool kept_ = false;
   // Where it was built inside a capture, which writes nothing yet: every update in a capture then writes the table
   // first, for its graph may be the first to run, and so does the first update outside.
   std::vector<Entry> unwritten_;

@@ -156,3 +156,8 @@ def selected(device: torch.device) -> str:
     if device.type == "cuda":
         return "cuda" if CUDA_COMPILED else "triton" if TRITON_INSTALLED else "eager"
     return "eager"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

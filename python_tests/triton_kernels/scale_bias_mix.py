@@ -117,7 +117,7 @@ def test_captures_take_counters_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tables, "_reserves", {})
     monkeypatch.setattr(tables, "_counters", {})
     capturing = True
-    monkeypatch.setattr(tables, "_capturing", lambda device: capturing)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: capturing)
     found = [tables.zero_counters(4, device)]  # without a reserve, which is not made inside a capture
     assert not tables._reserves
     capturing = False

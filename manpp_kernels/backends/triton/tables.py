@@ -23,6 +23,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from manpp_kernels.backends import is_capturing
 from manpp_kernels.backends.eager import _is_dense
 from manpp_kernels.backends.triton.arithmetic import CODES, VECTOR
 
@@ -194,7 +195,7 @@ def _upload(
         words[edges[2] : edges[3]] = 0
     owners = words[edges[3] :].view(numpy.int32)
     owners[:programs] = numpy.repeat(numpy.arange(len(rows), dtype=numpy.int32), counts)
-    if pin and torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         # The copy becomes part of the graph and reads this buffer at every replay: it may never be used again.
         _captured.append(host)
     buffer = host.to(device, non_blocking=True)
@@ -210,10 +211,6 @@ RESERVE = 1 << 18
 _reserves: dict[torch.device, Tensor] = {}
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def zero_counters(count: int, device: torch.device) -> Tensor:
     """``count`` int32 counters at zero, for a kernel that leaves them at zero: no launch to clear them.
 
@@ -221,7 +218,7 @@ def zero_counters(count: int, device: torch.device) -> Tensor:
     streams a graph will be replayed, nor when it ends: each launch that is captured takes counters from a reserve, for
     good. The reserve is made by the first launch outside a capture; without one, a graph clears the counters itself.
     """
-    if _capturing(device):
+    if is_capturing(device):
         reserve = _reserves.get(device)
         if reserve is None or len(reserve) < count:
             return torch.zeros(count, dtype=torch.int32, device=device)
