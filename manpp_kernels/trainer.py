@@ -10,7 +10,6 @@ Used as::
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import threading
 import time
@@ -29,6 +28,7 @@ from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
 from manpp_kernels.local.partition import evaluating, partition
 from manpp_kernels.local.parts import adapt
+from manpp_kernels.local.replicas import Alone, Replicas
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
 from manpp_kernels.local.targets import Criterion, check_labels, make_criterion, takes_class_numbers
@@ -89,6 +89,7 @@ class LocalTrainer:
         self._labels, self._ignored = takes_class_numbers(criterion), getattr(criterion, "ignore_index", None)
         # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
         self.network = LocalNetwork(parts, rule, self._criterion, num_classes).to(memory_format=self._layout)
+        self._ranks = Replicas(self.network.persistent_tensors()) if config.data_parallel else Alone()
         self._amp_dtype = AMP_DTYPES[config.amp]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         if config.compile is not None:
@@ -146,13 +147,18 @@ class LocalTrainer:
 
     def _step_published(self, parts: list[Batch]) -> StepResult:
         """For each block forward, backward, EMA update; then the optimizer, once for all."""
-        sums = StepSums(parts, len(self.network))
+        sums, overlapping = StepSums(parts, len(self.network)), self.network.rule.overlapping
         for i, (images, targets) in enumerate(parts):
             x = images
             for j, block in enumerate(self.network):
                 x = self._forward_backward(block, x, images, targets, sums, j)
                 if i == len(parts) - 1:
                     self._ema[j].update()
+                    if not overlapping:
+                        self._ranks.start(self._by_block[j])
+        for parameters in self._by_block if overlapping else ():
+            self._ranks.start(parameters)
+        self._ranks.finish()
         self._optimize(self.optimizers[0], self._by_block)
         self._scaler.update()
         return sums.result()
@@ -166,6 +172,8 @@ class LocalTrainer:
             for i, (images, targets) in enumerate(parts):
                 xs[i] = self._forward_backward(block, xs[i], images, targets, sums, j)
             block.release()
+            self._ranks.start(self._by_block[j])
+            self._ranks.finish()
             self._optimize(optimizer, [self._by_block[j]])
             optimizer.zero_grad(set_to_none=True)
         self._scaler.update()
@@ -249,7 +257,8 @@ class LocalTrainer:
             self.load(path if resume is True and path is not None else str(resume))
         self._generators = checkpoint.loader_generators(loader)
         self.interrupted = self._stepping = False
-        with deferred_interrupt() as interrupt:
+        # The ranks would not agree on the step after which to stop: Ctrl-C then ends them at once.
+        with deferred_interrupt(self._ranks.count == 1) as interrupt:
             try:
                 while self.epoch < epochs and not interrupt.is_set():
                     if self._train_epoch(loader, interrupt, on_step, path, checkpoint_every):
@@ -259,7 +268,7 @@ class LocalTrainer:
                         if on_epoch is not None:
                             on_epoch(self, self.history[-1])
             except KeyboardInterrupt:
-                if self._stepping:  # half a step is no state to save
+                if self._stepping or self._ranks.count > 1:  # half a step is no state to save
                     raise
                 interrupt.set()
             self.interrupted = interrupt.is_set()
@@ -317,13 +326,14 @@ class LocalTrainer:
     def _finish_epoch(self, val_loader: Iterable[Batch] | None) -> None:
         if self._totals.images == 0:
             raise ValueError("the loader gave no batch; has the data fewer images than a batch, with drop_last=True?")
-        validation = self.evaluate(val_loader) if val_loader is not None else {}
+        self._ranks.broadcast(list(self.network.buffers()))
+        validation = self._ranks.totals(self._evaluate(val_loader)) if val_loader is not None else None
         row = {
             "epoch": self.epoch + 1,
-            "val_loss": validation.get("loss"),
-            "val_acc": validation.get("accuracy"),
+            "val_loss": None if validation is None else validation.mean_loss(),
+            "val_acc": None if validation is None else validation.accuracy(),
             "lr": float(self.optimizers[0].param_groups[0]["lr"]),
-            **self._totals.row(),
+            **self._ranks.totals(self._totals).row(),
             "memory": "cuda allocator peak" if self.device.type == "cuda" else "live saved tensors peak",
         }
         for scheduler in self.schedulers if self.config.schedule == "epoch" else ():
@@ -334,9 +344,13 @@ class LocalTrainer:
         self.history.append(row)
         self.epoch, self.position, self._totals, self._epoch_start = self.epoch + 1, 0, EpochTotals(), None
 
-    @torch.no_grad()
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float | None]:
         """The deployed model in evaluation mode: ``accuracy`` (0 to 1, None without classes), ``loss``, ``images``."""
+        totals = self._evaluate(loader)
+        return {"accuracy": totals.accuracy(), "loss": totals.mean_loss(), "images": totals.images}
+
+    @torch.no_grad()
+    def _evaluate(self, loader: Iterable[Batch]) -> EpochTotals:
         totals = EpochTotals()
         with evaluating(self.model):
             for batch in loader:
@@ -347,7 +361,7 @@ class LocalTrainer:
                 totals.add(loss, logits, targets, self._ignored)
         if totals.images == 0:
             raise ValueError("the loader gave no batch to evaluate")
-        return {"accuracy": totals.accuracy(), "loss": totals.mean_loss(), "images": totals.images}
+        return totals
 
     # What comes out, and what is kept
 
@@ -360,22 +374,23 @@ class LocalTrainer:
         return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint atomically: all that the next step depends on."""
-        checkpoint.write(
-            path,
-            {
-                "kind": self._kind(),
-                **self._tensors(),
-                "optimizers": [o.state_dict() for o in self.optimizers],
-                "schedulers": [s.state_dict() for s in self.schedulers],
-                "scaler": self._scaler.state_dict(),
-                "progress": {"epoch": self.epoch, "position": self.position},
-                "totals": dataclasses.asdict(self._totals),
-                "history": self.history,
-                "epoch_start": self._epoch_start,
-                "rng": self._rng_state(),
-            },
-        )
+        """Write a checkpoint atomically: all that the next step depends on, by rank 0 for all ranks."""
+        state = {
+            "kind": self._kind(),
+            **self._tensors(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "schedulers": [s.state_dict() for s in self.schedulers],
+            "scaler": self._scaler.state_dict(),
+            "progress": {"epoch": self.epoch, "position": self.position},
+            # Each rank's own: the sums of the epoch so far, and random numbers.
+            "totals": self._ranks.gather(self._totals.numbers()),
+            "history": self.history,
+            "epoch_start": self._ranks.gather(self._epoch_start),
+            "rng": self._ranks.gather(self._rng_state()),
+        }
+        if self._ranks.rank == 0:
+            checkpoint.write(path, state)
+        self._ranks.gather(None)  # nobody reads it before it is there
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.
@@ -386,6 +401,7 @@ class LocalTrainer:
         """
         state = checkpoint.read(path)
         checkpoint.check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
+        totals, start, rng = (state[part][self._ranks.rank] for part in ("totals", "epoch_start", "rng"))
         self.model.load_state_dict(state["model"])
         self.network.load_auxiliary_state_dict(state["auxiliary"])
         steppers, states = [*self.optimizers, *self.schedulers], [*state["optimizers"], *state["schedulers"]]
@@ -394,11 +410,11 @@ class LocalTrainer:
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]
-        self._totals = EpochTotals(**state["totals"])
+        self._totals = EpochTotals(**totals)
         self.history = state["history"]
-        self._epoch_start, self._loaded_rng = state["epoch_start"], state["rng"]
+        self._epoch_start, self._loaded_rng = start, rng
         # The loader's own generators follow in fit, which has the loader.
-        checkpoint.set_rng_state({**state["rng"], "generators": []})
+        checkpoint.set_rng_state({**rng, "generators": []})
 
     def _rng_state(self) -> dict[str, Any]:
         if self._loaded_rng is None:
@@ -410,4 +426,5 @@ class LocalTrainer:
         return {"model": self.model.state_dict(), "auxiliary": self.network.auxiliary_state_dict()}
 
     def _kind(self) -> dict[str, object]:
-        return {**self.network.describe(), "order": self.config.order, "amp": self.config.amp}
+        described = self.network.describe()
+        return {**described, "order": self.config.order, "amp": self.config.amp, "ranks": self._ranks.count}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from manpp_kernels import EmaPlan, ModelEma, scale_bias_mix
+from manpp_kernels.checkpoint import CheckpointError
+from manpp_kernels.models import CifarResNet
+from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer, TrainerConfig
 
 RANKS = 2
 
 
 def _rank(rank: int, test: Any, folder: str) -> None:
     torch.set_num_threads(1)
+    os.chdir(folder)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     try:
         torch.manual_seed(0)
@@ -98,7 +105,90 @@ def _data_parallel(rank: int) -> None:
         assert torch.equal(*gathered), "every rank has the same EMA"
 
 
+def assert_agreed(tensors: list[Tensor]) -> None:
+    for t in tensors:
+        every = [torch.empty_like(t) for _ in range(RANKS)]
+        dist.all_gather(every, t.contiguous())
+        assert torch.equal(*every), "every rank has the same"
+
+
+LINEAR = {"host_options": {"width": "linear"}}
+TRAININGS = [
+    TrainerConfig(rule="e2e", blocks=1, accumulate=2),
+    TrainerConfig(rule="dgl", rule_options={"width": "linear"}, order="unlocked", clip_norm=0.1),
+    TrainerConfig(rule="man++", rule_options=LINEAR),
+    TrainerConfig(rule="man++", rule_options={**LINEAR, "form": "parameter"}, order="unlocked", accumulate=2),
+    TrainerConfig(rule="lookahead", rule_options=LINEAR, clip_norm=0.1),
+    TrainerConfig(rule="mlaan"),
+]
+
+
+def _local_training(rank: int) -> None:
+    """Two ranks train as one process does on both their batches, where no layer looks across a batch."""
+
+    def trainer(config: TrainerConfig) -> LocalTrainer:
+        layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()]
+        for _ in range(4):
+            layers += [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)).double()
+        return LocalTrainer(model, config, example=(3, 6, 6))
+
+    for config in TRAININGS:
+        torch.manual_seed(rank)  # the copies begin unlike: rank 0's it is
+        ours = trainer(dataclasses.replace(config, data_parallel=True))
+        torch.manual_seed(0)
+        alone = trainer(config)
+        images = torch.randn(3, RANKS, 4, 3, 6, 6, dtype=torch.float64)
+        targets = torch.randint(4, (3, RANKS, 4))
+        for x, t in zip(images, targets, strict=True):
+            result = ours.step((x[rank], t[rank]))
+            whole = alone.step((x.flatten(0, 1), t.flatten()))
+            losses = torch.stack(result.losses)
+            dist.all_reduce(losses)
+            torch.testing.assert_close(losses / RANKS, torch.stack(whole.losses))
+        assert_agreed([t.detach() for t in ours.persistent_tensors()])
+        if rank == 0:
+            for a, b in zip(ours.persistent_tensors(), alone.persistent_tensors(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def _local_epochs(rank: int) -> None:
+    """History, running statistics and checkpoints: the same on every rank, and resuming is exact."""
+    folder = Path("run")
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 4)
+
+    def trainer() -> LocalTrainer:
+        torch.manual_seed(rank)
+        config = TrainerConfig(rule="man++", data_parallel=True)
+        return LocalTrainer(CifarResNet((1, 1, 1), 4, widths=(8, 8, 8)), config, example=(3, 8, 8))
+
+    def loader() -> DataLoader:
+        return DataLoader(data, batch_size=4, sampler=DistributedSampler(data))
+
+    whole = trainer()
+    history = whole.fit(loader(), 3, val_loader=loader())
+    assert_agreed([t.detach() for t in whole.persistent_tensors()])
+    assert_agreed([torch.tensor([[row[key] for key in ("train_loss", "train_acc", "val_loss")] for row in history])])
+    trainer().fit(loader(), 1, checkpoint_dir=folder, checkpoint_every=2)
+    second = trainer()
+    second.fit(loader(), 3, val_loader=loader(), checkpoint_dir=folder, resume=True)
+    for a, b in zip(whole.persistent_tensors(), second.persistent_tensors(), strict=True):
+        assert torch.equal(a, b)
+    if rank == 0:
+        alone = LocalTrainer(
+            CifarResNet((1, 1, 1), 4, widths=(8, 8, 8)), TrainerConfig(rule="man++"), example=(3, 8, 8)
+        )
+        with pytest.raises(CheckpointError, match="its ranks is 2, here it is 1"):
+            alone.load(folder / CHECKPOINT_NAME)
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
-@pytest.mark.parametrize("test", [_sharded, _data_parallel])
+@pytest.mark.parametrize("test", [_sharded, _data_parallel, _local_training, _local_epochs])
 def test_two_ranks(test: Any, tmp_path: Path) -> None:
     on_two_ranks(test, tmp_path)
+
+
+def test_data_parallel_needs_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match=r"start with torchrun, and call torch\.distributed\.init_process_group"):
+        LocalTrainer(CifarResNet((1, 1, 1), 4), TrainerConfig(data_parallel=True), example=(3, 8, 8))

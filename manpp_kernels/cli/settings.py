@@ -70,8 +70,8 @@ class RunConfig:
 
 
 # Fields of the trainer's that are no options here: the optimizer has options of its own above, and the options of the
-# rules are options in their own right.
-_HIDDEN = {"learning_rate", "sgd_momentum", "nesterov", "weight_decay", "rule_options"}
+# rules are options in their own right. Data parallel is for programs that torchrun starts.
+_HIDDEN = {"learning_rate", "sgd_momentum", "nesterov", "weight_decay", "rule_options", "data_parallel"}
 # What the trainer's documentation says in terms of Python, said in terms of the command line.
 _TEXTS = {
     "rule": f"{', '.join(rule_names())} [{TrainerConfig.rule}]",

@@ -39,6 +39,10 @@ class TrainerConfig:
         channels_last: keep the model and the images in the channels-last memory format. (On a CPU with one thread,
             strided 1x1 convolutions of PyTorch 2.14 corrupt memory in it where they take fewer than 8 channels.)
         compile: the ``torch.compile`` backend for the bodies of the blocks, such as ``"inductor"``; None for none.
+        data_parallel: train a copy on every rank of ``torch.distributed``'s default process group, on batches of its
+            own (as of a ``DistributedSampler``), with averaged gradients. All but ``evaluate`` is then called on every
+            rank. Running statistics are each rank's own, and from the end of an epoch on rank 0's. Ctrl-C ends it at
+            once, without a checkpoint.
         measure_memory: report the peak memory of each epoch.
     """
 
@@ -58,6 +62,7 @@ class TrainerConfig:
     amp: Literal["bf16", "fp16"] | None = None
     channels_last: bool = False
     compile: str | None = None
+    data_parallel: bool = False
     measure_memory: bool = True
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +43,11 @@ class EpochTotals:
         if timed:
             self.timed_seconds += seconds
             self.timed_steps += steps
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it without tensors, from which ``EpochTotals(**numbers)`` goes on alike; waits for the device."""
+        fields = dataclasses.asdict(self).items()
+        return {name: value.item() if isinstance(value, Tensor) else value for name, value in fields}
 
     def mean_loss(self) -> float:
         """Over the images; waits for the device."""
@@ -97,13 +103,13 @@ def batches_from(
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
+def deferred_interrupt(wanted: bool = True) -> Iterator[threading.Event]:
     """Ctrl-C sets the event instead of raising; the second one raises KeyboardInterrupt as ever.
 
-    Outside the main thread, where Python delivers no signals, the event is never set.
+    Where it is not wanted, or outside the main thread, where Python delivers no signals, the event is never set.
     """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if not wanted or threading.current_thread() is not threading.main_thread():
         yield event
         return
     before = signal.getsignal(signal.SIGINT)
