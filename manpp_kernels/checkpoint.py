@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 _FORMAT = "manpp_kernels checkpoint"
-_VERSION = 1
+_VERSION = 2
 # What a trainer's checkpoint has, beside the tensors of its networks.
 _PARTS = (
     *("kind", "model", "auxiliary", "optimizers", "schedulers", "scaler"),

@@ -123,6 +123,13 @@ def _parts(module: nn.Module, found: list[Any]) -> list[Any]:
     return found
 
 
+def _addresses(tensors: list[Any]) -> list[int]:
+    try:
+        return [t.data_ptr() for t in tensors if t is not None]
+    except RuntimeError:  # a sparse buffer is among them, and has none
+        return [t.data_ptr() for t in tensors if t is not None and t.layout == torch.strided]
+
+
 class _Launches:
     """How one model is averaged into one EMA: by which plans, and what is copied instead.
 
@@ -339,7 +346,7 @@ class ModelEma(nn.Module):
         # a state_dict.
         tensors = _parts(model, _parts(self.module, []))
         parts = [*map(id, tensors)]
-        known = parts + [t.data_ptr() for t in tensors if t is not None]
+        known = parts + _addresses(tensors)
         if self._model is None or self._model() is not model:
             self._forget()
             self._model = weakref.ref(model, _forgetting(self))

@@ -101,7 +101,8 @@ class _TritonLaunch:
             self._table = build_table(lists.ema, lists.params, lists.bias, lists.weights, lists.groups)
             self._built = not capturing
         elif capturing and self._table is not None:
-            keep_for_graphs(self._table.buffer)
+            for t in (self._table.buffer, *self._table.keep):
+                keep_for_graphs(t)
         tensor = momentum if isinstance(momentum, Tensor) else None
         value = 0.0 if isinstance(momentum, Tensor) else float(momentum)
         launch(self._table, value, tensor, scale, lists.total, seed)

@@ -89,7 +89,7 @@ class LocalTrainer:
         self._labels, self._ignored = takes_class_numbers(criterion), getattr(criterion, "ignore_index", None)
         # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
         self.network = LocalNetwork(parts, rule, self._criterion, num_classes).to(memory_format=self._layout)
-        self._ranks = Replicas(self.network.persistent_tensors()) if config.data_parallel else Alone()
+        self._ranks = Replicas(self.network.persistent_tensors(), self.device) if config.data_parallel else Alone()
         self._amp_dtype = AMP_DTYPES[config.amp]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         if config.compile is not None:
@@ -388,9 +388,7 @@ class LocalTrainer:
             "epoch_start": self._ranks.gather(self._epoch_start),
             "rng": self._ranks.gather(self._rng_state()),
         }
-        if self._ranks.rank == 0:
-            checkpoint.write(path, state)
-        self._ranks.gather(None)  # nobody reads it before it is there
+        self._ranks.first(lambda: checkpoint.write(path, state))
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.

@@ -274,7 +274,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     refused(trainer, path, "was written by another program")
     torch.save({"format": "manpp_kernels checkpoint", "version": 99}, path)
     refused(trainer, path, "has the version 99")
-    torch.save({"format": "manpp_kernels checkpoint", "version": 1}, path)
+    torch.save({"format": "manpp_kernels checkpoint", "version": 2}, path)
     refused(trainer, path, "is not complete: its part 'kind' is missing")
     torch.save(trainer.model, path)  # a pickle that would run code
     refused(trainer, path, "is damaged, or no checkpoint of this package: it holds other things than tensors")

@@ -175,6 +175,8 @@ def _local_epochs(rank: int) -> None:
     second.fit(loader(), 3, val_loader=loader(), checkpoint_dir=folder, resume=True)
     for a, b in zip(whole.persistent_tensors(), second.persistent_tensors(), strict=True):
         assert torch.equal(a, b)
+    with pytest.raises(IsADirectoryError if rank == 0 else RuntimeError, match="run"):
+        second.save(folder)  # where rank 0 cannot write, no rank waits for it
     if rank == 0:
         alone = LocalTrainer(
             CifarResNet((1, 1, 1), 4, widths=(8, 8, 8)), TrainerConfig(rule="man++"), example=(3, 8, 8)

@@ -160,6 +160,18 @@ def test_a_model_without_buffers_that_changes_its_dtype(target: Target, move: st
     assert abs(ema.module.weight.float().mean() - 0.999**100) < 0.01, "rounded to nearest it stays at 1"
 
 
+def test_a_sparse_buffer_has_no_address(target: Target) -> None:
+    model = nn.Linear(3, 2).to(target.device)
+    model.register_buffer("graph", torch.eye(3, device=target.device).to_sparse(), persistent=False)
+    ema = ModelEma(model, decay=0.5)
+    for step in range(3):
+        before = ema.module.weight.clone()
+        with torch.no_grad():
+            model.weight.add_(step)
+        ema.update(model)
+        torch.testing.assert_close(ema.module.weight, 0.5 * before + 0.5 * model.weight)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("move", ["model", "ema", "both"])

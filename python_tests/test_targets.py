@@ -23,6 +23,7 @@ def test_answers() -> None:
     logits = torch.eye(4)[[0, 1, 2, 2]]
     assert answers(logits, torch.tensor([0, 1, 2, 3])) == (3, 4)
     assert answers(logits, torch.tensor([0, 1, -100, 3]), -100) == (2, 3)
+    assert answers(logits, torch.tensor([0, 1, 2, 3]), 0) == (2, 3)  # a class that is ignored, and predicted
     assert answers(logits, torch.eye(4)[[0, 1, 2, 3]]) == (3, 4)
     # Neither several labels an image, nor numbers to be met, are right or wrong.
     assert answers(logits, torch.ones(4, 4, dtype=torch.int64)) == (0, 0)

@@ -41,8 +41,8 @@ class TrainerConfig:
         compile: the ``torch.compile`` backend for the bodies of the blocks, such as ``"inductor"``; None for none.
         data_parallel: train a copy on every rank of ``torch.distributed``'s default process group, on batches of its
             own (as of a ``DistributedSampler``), with averaged gradients. All but ``evaluate`` is then called on every
-            rank. Running statistics are each rank's own, and from the end of an epoch on rank 0's. Ctrl-C ends it at
-            once, without a checkpoint.
+            rank, with as many batches and the same folder for checkpoints. Running statistics are each rank's own, and
+            from the end of an epoch on rank 0's. Ctrl-C ends it at once, without a checkpoint.
         measure_memory: report the peak memory of each epoch.
     """
 

@@ -7,8 +7,9 @@ DistributedDataParallel serves one backward pass over all parameters; here there
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,24 +36,28 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def first(self, action: Callable[[], None]) -> None:
+        action()
+
 
 class Replicas(Alone):
     """The copies of a network on the ranks of the default process group; all its methods are called on every rank.
 
     Args:
         tensors: what the copies hold; rank 0's becomes everyone's.
+        device: that this rank trains on.
 
     Raises:
         RuntimeError: there is no process group.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError(
                 "data_parallel needs a process group: start with torchrun, and call "
                 "torch.distributed.init_process_group() before the trainer is made"
             )
-        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.rank, self.count, self._device = dist.get_rank(), dist.get_world_size(), device
         self._pending: list[tuple[Any, Tensor, list[Tensor]]] = []
         self.broadcast(tensors)
 
@@ -66,7 +71,7 @@ class Replicas(Alone):
 
     @torch.no_grad()
     def start(self, parameters: Sequence[Tensor]) -> None:
-        """Begin to average the gradients of ``parameters``, which are complete."""
+        """Begin to average the gradients of ``parameters``, which are complete; the same have one on every rank."""
         for group in _alike([p.grad for p in parameters if p.grad is not None]):
             flat = _flatten(group)
             self._pending.append((dist.all_reduce(flat, async_op=True), flat, group))
@@ -89,8 +94,24 @@ class Replicas(Alone):
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order, on every rank."""
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        # NCCL sends objects from the current device, which the caller may have left at the first for all ranks.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+            dist.all_gather_object(values, value)
         return values
+
+    def first(self, action: Callable[[], None]) -> None:
+        """Rank 0 does it, and the others wait for it; where it fails, every rank raises."""
+        failed: Exception | None = None
+        if self.rank == 0:
+            try:
+                action()
+            except Exception as error:
+                failed = error
+        reason = self.gather(None if failed is None else f"{type(failed).__name__}: {failed}")[0]
+        if failed is not None:
+            raise failed
+        if reason is not None:
+            raise RuntimeError(f"rank 0 failed, for all ranks: {reason}")
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

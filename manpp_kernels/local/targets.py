@@ -56,11 +56,16 @@ def answers(logits: Tensor, targets: Tensor, ignored: int | None = None) -> tupl
     Targets are class numbers (N,), of which those equal to ``ignored`` do not count, or class probabilities (N, C).
     Of any other targets nothing is right or wrong: 0 of 0.
     """
+    if logits.dim() != 2:
+        return 0, 0
     if targets.is_floating_point():
         if targets.shape != logits.shape or targets.shape[1] < 2:
             return 0, 0
-        targets = targets.argmax(1)
-    elif targets.dim() != 1:
+        return (logits.argmax(1) == targets.argmax(1)).sum(), len(targets)
+    if targets.dim() != 1:
         return 0, 0
-    right = (logits.argmax(1) == targets).sum()
-    return right, len(targets) if ignored is None else (targets != ignored).sum()
+    right = logits.argmax(1) == targets
+    if ignored is None:
+        return right.sum(), len(targets)
+    counts = targets != ignored
+    return (right & counts).sum(), counts.sum()
