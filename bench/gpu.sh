@@ -3,7 +3,8 @@
 #
 #   bench/gpu.sh [--device cpu] [--quick] [PART...]
 #
-# Parts: build doctor tests sanitizer large micro host training fashion (all of them by default, in this order).
+# Parts: build doctor tests sanitizer large micro host training fashion (all of them by default, in this order). micro is
+# micro-ema, micro-mix and micro-copy.
 # Nothing is downloaded. Wanted: Python with torch, triton, pybind11, pytest, pytest-benchmark, hypothesis, expecttest, timm,
 # matplotlib; nvcc, cmake, ninja.
 # Results go to $OUT (./out by default): a JSON file for each benchmark, and the logs of all parts in logs.tar.gz.
@@ -100,7 +101,8 @@ part() {
     echo "$name: left away, no time" | tee -a "$LOGS/parts.txt"
     return
   fi
-  timeout -k 5 "$((limit < rest ? limit : rest))" bash bench/gpu.sh --device "$DEVICE" --run "$@" >"$LOGS/$name.log" 2>&1
+  # Interrupted, not ended: pytest then tells of what has failed so far.
+  timeout -s INT -k 10 "$((limit < rest ? limit : rest))" bash bench/gpu.sh --device "$DEVICE" --run "$@" >"$LOGS/$name.log" 2>&1
   code=$?
   case $code in
     0) result=ok ;;
@@ -116,20 +118,18 @@ wants() { [[ " ${PARTS[*]} " == *" $1 "* ]]; }
 wants build && part 200 build build
 wants doctor && part 60 doctor doctor
 # What is only right or wrong runs side by side; what is timed runs alone.
-wants tests && part 240 tests tests &
 if wants sanitizer && [ "$DEVICE" = cuda ]; then
   for tool in memcheck racecheck initcheck; do
     part 120 "sanitizer-$tool" sanitizer "$tool" &
   done
 fi
+wants tests && part 240 tests tests # in the foreground, as a shell's background jobs do not hear an interrupt
 wait
 wants large && [ "$DEVICE" = cuda ] && part 90 large large
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
-if wants micro; then
-  part 150 micro-ema micro ema_scale_update
-  part 60 micro-mix micro scale_bias_mix
-  part 45 micro-copy micro detach_copy
-fi
+{ wants micro || wants micro-ema; } && part 150 micro-ema micro ema_scale_update
+{ wants micro || wants micro-mix; } && part 60 micro-mix micro scale_bias_mix
+{ wants micro || wants micro-copy; } && part 45 micro-copy micro detach_copy
 wants host && part 40 host host
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 wants training && part 110 training training
