@@ -214,7 +214,7 @@ class EmaPlan:
         """Builds the launch for the backend in force."""
         self._backend = backends.override(self.device)
         lists = _Lists(self.ema, self.params, self.bias or [], self.groups or [], self.total, self.weights or [])
-        selected = backends.selected(self.device) if self.ema else "eager"
+        selected = backends.selected(self.device)
         launch: _Launch | None = None
         if selected in ("cpu", "cuda"):
             launch = _CompiledLaunch.build(lists)
@@ -261,6 +261,10 @@ class EmaPlan:
         )
 
     def _update(self, momentum: float | Tensor, scale: Tensor | None) -> list[Tensor] | None:
+        if not self.ema:  # of no device: whatever backend is in force, and wherever the scale is
+            _checks.check_momentum(momentum, momentum.device if isinstance(momentum, Tensor) else self.device)
+            _checks.check_scale(scale, self.bias, self.groups, self.total, 0)
+            return self.weights
         _checks.check_momentum(momentum, self.device)
         if not self._scale_fits(scale):
             _checks.check_scale(scale, self.bias, self.groups, self.total, len(self.ema))

@@ -73,3 +73,8 @@ def test_what_it_reads() -> None:
     kernel = machine_code.Kernel("mix_kernel<float16, Row>", "sm_90", registers=80)
     assert kernel.occupancy == 3 / 8
     assert kernel.missed == ["no 128-bit load", "no 128-bit store"]
+    kernel = machine_code.Kernel("cast_kernel<float, float16>", "sm_90", registers=80)
+    kernel.accesses["load", 128] += 1
+    assert kernel.missed == ["no 64-bit store"]
+    kernel.accesses["store", 64] += 1
+    assert kernel.missed == []

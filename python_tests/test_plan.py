@@ -259,7 +259,7 @@ def test_lists_changed_later_do_not_change_the_plan(target: Target) -> None:
 
 def test_empty_lists_and_single_tensors(target: Target) -> None:
     assert EmaPlan([], []).update(0.9) is None
-    assert EmaPlan([], [], bias=[]).update(0.9, torch.ones(())) == []
+    assert EmaPlan([], [], bias=[]).update(0.9, torch.ones((), device=target.device)) == []
     ema = torch.ones(3, device=target.device)
     plan = EmaPlan(ema, torch.zeros(3, device=target.device))
     plan.update(0.5)

@@ -11,6 +11,7 @@
 // launch. A kernel that does not come to its end leaves them as they are, and the whole context unusable with them.
 #include "reduce.cuh"
 
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -25,19 +26,28 @@ constexpr uint32_t kOwners = 512;
 __device__ uint32_t counters_of_all[kOwners * kMostArrivals];
 
 void check(cudaError_t error) {
+  if (error != cudaSuccess) {
+    cudaGetLastError(); // reported here: the next launch of this thread must not report it once more
+  }
   STD_TORCH_CHECK(
       error == cudaSuccess, "manpp_kernels: the counters of a reduction cannot be had: ", cudaGetErrorString(error));
 }
 
-// The stream's number; the capture's plus one, or 0 where nothing is being captured.
+// The stream's number; the capture's plus one, or 0 where nothing is being captured. A stream that is capturing must not
+// be asked for its number, which ends the capture: there its handle serves, which is nobody else's meanwhile.
 using Owner = std::pair<unsigned long long, unsigned long long>;
 
 Owner owner_of(cudaStream_t stream) {
   Owner owner;
-  check(cudaStreamGetId(stream, &owner.first));
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamGetCaptureInfo(stream, &status, &owner.second));
-  owner.second = status == cudaStreamCaptureStatusNone ? 0 : owner.second + 1;
+  if (status == cudaStreamCaptureStatusNone) {
+    owner.second = 0;
+    check(cudaStreamGetId(stream, &owner.first));
+  } else {
+    ++owner.second;
+    owner.first = reinterpret_cast<uintptr_t>(stream);
+  }
   return owner;
 }
 

@@ -28,6 +28,7 @@ struct alignas(16) Chunk {
   DType ema_type;
   DType param_type;
   DType bias_type;
+  uint8_t unused; // set to 0, as a kernel may read it with what lies beside it
 };
 
 // Tensors as a kernel parameter (32,764 bytes at most since CUDA 12.1): no copy to the device, nothing to keep alive,
@@ -58,6 +59,7 @@ struct ParameterTable {
     c.first = static_cast<int64_t>(within) * kChunk;
     c.n = chunk + 1 == ends[i] ? packed & 0xFFFF : kChunk;
     c.tensor = first_tensor + i;
+    c.unused = 0;
     c.ema = offset(ema[i], c.ema_type, c.first);
     c.param = offset(const_cast<void*>(param[i]), c.param_type, c.first);
     c.bias = nullptr;

@@ -6,11 +6,15 @@ namespace manpp::cuda {
 namespace {
 
 constexpr int kPasses = 4; // vectors that a thread keeps in flight
-constexpr int kTile = 64; // a tile of 64 x 64: rows of 128 bytes and more on both sides, 16 elements a thread
+constexpr int kTile = 4096; // elements of a tile: 16 a thread
+constexpr int kLeastSide = 16; // of a tile, in elements: 32 bytes of the narrowest type, which memory is read in at least
+
+template <class From, class To>
+constexpr int kVector = vector_length(sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To));
 
 template <class From, class To>
 __global__ void __launch_bounds__(kThreads) cast_kernel(const From* __restrict__ x, To* __restrict__ y, int64_t n) {
-  constexpr int V = vector_length(sizeof(From) < sizeof(To) ? sizeof(From) : sizeof(To));
+  constexpr int V = kVector<From, To>;
   int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads * V * kPasses;
   bool whole = base + kThreads * V * kPasses <= n && aligned16(x) && aligned16(y);
   if (!whole) {
@@ -35,33 +39,57 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const From* __restrict__
   }
 }
 
+// The tiles of a transposition: `height` x `width` elements, powers of two; so many of them down and across an image.
+struct Tiles {
+  int64_t down;
+  int64_t across;
+  int log_width;
+  int log_height;
+};
+
+// Elements of 2 bytes go in pairs where sizes allow: one by one, they are too many instructions to keep up with memory.
+template <class T>
+constexpr int kPair = 4 / static_cast<int>(sizeof(T));
+
 // [rows][columns] -> [columns][rows] for every image, a tile a block: read along the rows, written along the columns,
 // crossing in shared memory, whose rows are one element longer so that a column lies in 32 different banks.
-template <class From, class To>
+template <class From, class To, int VX, int VY>
 __global__ void __launch_bounds__(kThreads) transpose_kernel(
-    const From* __restrict__ x, To* __restrict__ y, int64_t rows, int64_t columns, int64_t down, int64_t across) {
-  __shared__ float tile[kTile][kTile + 1];
+    const From* __restrict__ x, To* __restrict__ y, int64_t rows, int64_t columns, const Tiles tiles) {
+  __shared__ float tile[kTile + kTile / kLeastSide];
+  int width = 1 << tiles.log_width;
+  int height = 1 << tiles.log_height;
   int64_t block = blockIdx.x;
-  int64_t column0 = block % across * kTile;
-  int64_t row0 = block / across % down * kTile;
-  int64_t image = block / (across * down) * rows * columns;
-  int lane = threadIdx.x % kTile;
-  int line = threadIdx.x / kTile;
+  int64_t column0 = block % tiles.across * width;
+  int64_t row0 = block / tiles.across % tiles.down * height;
+  int64_t image = block / (tiles.across * tiles.down) * rows * columns;
 #pragma unroll
-  for (int i = 0; i < kTile; i += kThreads / kTile) {
-    int64_t row = row0 + line + i;
-    int64_t column = column0 + lane;
-    if (row < rows && column < columns) {
-      tile[line + i][lane] = static_cast<float>(x[image + row * columns + column]);
+  for (int i = 0; i < kTile / (kThreads * VX); ++i) {
+    int at = (i * kThreads + threadIdx.x) * VX;
+    int line = at >> tiles.log_width;
+    int lane = at & (width - 1);
+    if (row0 + line < rows && column0 + lane < columns) {
+      From in[VX];
+      load_vector(x + image + (row0 + line) * columns + column0 + lane, in);
+#pragma unroll
+      for (int k = 0; k < VX; ++k) {
+        tile[line * (width + 1) + lane + k] = static_cast<float>(in[k]);
+      }
     }
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kTile; i += kThreads / kTile) {
-    int64_t column = column0 + line + i;
-    int64_t row = row0 + lane;
-    if (row < rows && column < columns) {
-      y[image + column * rows + row] = static_cast<To>(tile[lane][line + i]);
+  for (int i = 0; i < kTile / (kThreads * VY); ++i) {
+    int at = (i * kThreads + threadIdx.x) * VY;
+    int line = at >> tiles.log_height;
+    int lane = at & (height - 1);
+    if (column0 + line < columns && row0 + lane < rows) {
+      To out[VY];
+#pragma unroll
+      for (int k = 0; k < VY; ++k) {
+        out[k] = static_cast<To>(tile[(lane + k) * (width + 1) + line]);
+      }
+      store_vector(y + image + (column0 + line) * rows + row0 + lane, out);
     }
   }
 }
@@ -85,8 +113,7 @@ uint32_t checked_blocks(int64_t blocks) {
 
 template <class From, class To>
 void launch_cast(const Tensor& x, Tensor& y, cudaStream_t stream) {
-  constexpr int V = vector_length(sizeof(From) < sizeof(To) ? sizeof(From) : sizeof(To));
-  constexpr int64_t per_block = static_cast<int64_t>(kThreads) * V * kPasses;
+  constexpr int64_t per_block = static_cast<int64_t>(kThreads) * kVector<From, To> * kPasses;
   int64_t n = x.numel();
   launch_kernel(
       "detach_copy",
@@ -98,21 +125,40 @@ void launch_cast(const Tensor& x, Tensor& y, cudaStream_t stream) {
       n);
 }
 
+// The power of two that a side of `n` elements fits in, from kLeastSide to that of a square tile.
+int log_side(int64_t n) {
+  int log = 4;
+  while (log < 6 && (int64_t{1} << log) < n) {
+    ++log;
+  }
+  return log;
+}
+static_assert(1 << 4 == kLeastSide && 1 << (6 + 6) == kTile);
+
+// A square tile, but for images of few rows or columns, which it would be mostly off.
+Tiles tiles_of(const Transposition& t) {
+  constexpr int both = 12;
+  Tiles tiles;
+  tiles.log_height = log_side(t.rows);
+  tiles.log_width = tiles.log_height < 6 ? both - tiles.log_height : log_side(t.columns);
+  tiles.log_height = both - tiles.log_width;
+  tiles.down = (t.rows + (1 << tiles.log_height) - 1) >> tiles.log_height;
+  tiles.across = (t.columns + (1 << tiles.log_width) - 1) >> tiles.log_width;
+  return tiles;
+}
+
 template <class From, class To>
 void launch_transpose(const Tensor& x, Tensor& y, const Transposition& t, cudaStream_t stream) {
-  int64_t down = (t.rows + kTile - 1) / kTile;
-  int64_t across = (t.columns + kTile - 1) / kTile;
-  launch_kernel(
-      "detach_copy",
-      transpose_kernel<From, To>,
-      checked_blocks(t.batch * down * across),
-      stream,
-      static_cast<const From*>(x.data_ptr()),
-      static_cast<To*>(y.data_ptr()),
-      t.rows,
-      t.columns,
-      down,
-      across);
+  Tiles tiles = tiles_of(t);
+  auto from = static_cast<const From*>(x.data_ptr());
+  auto to = static_cast<To*>(y.data_ptr());
+  auto run = [&](auto kernel) {
+    uint32_t blocks = checked_blocks(t.batch * tiles.down * tiles.across);
+    launch_kernel("detach_copy", kernel, blocks, stream, from, to, t.rows, t.columns, tiles);
+  };
+  bool pairs = t.columns % kPair<From> == 0 && t.rows % kPair<To> == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0 &&
+      reinterpret_cast<uintptr_t>(to) % 4 == 0;
+  run(pairs ? transpose_kernel<From, To, kPair<From>, kPair<To>> : transpose_kernel<From, To, 1, 1>);
 }
 
 } // namespace

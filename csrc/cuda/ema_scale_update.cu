@@ -1,6 +1,7 @@
 // ema_scale_update on the GPU: kernel, launch and operator. (Its backward pass: ema_scale_update_backward.cu.)
 #include "ema_scale_update.h"
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 
@@ -18,9 +19,7 @@ template <class E, class P, class B>
 struct Typed {
   static constexpr bool kWeights = !std::is_void_v<B>;
   using Bias = std::conditional_t<kWeights, B, P>;
-  static constexpr int kSmallest = sizeof(E) < sizeof(P) ? (sizeof(E) < sizeof(Bias) ? sizeof(E) : sizeof(Bias))
-                                                         : (sizeof(P) < sizeof(Bias) ? sizeof(P) : sizeof(Bias));
-  static constexpr int kVector = vector_length(kSmallest);
+  static constexpr int kVector = vector_length(std::max({sizeof(E), sizeof(P), sizeof(Bias)}));
   static constexpr int kPasses = kChunk / (kThreads * kVector);
 
   template <bool Stochastic>

@@ -16,7 +16,6 @@ constexpr int64_t kSegment = 1024; // elements of a row that up to a warp takes 
 // Blocks of a launch that sums, or as many as there are sums: enough to keep the largest GPUs busy, few enough that
 // their shares are added up in no time. With more sums than that a block has all of one, and there are no shares.
 constexpr int64_t kBlocks = 1024;
-static_assert(kBlocks / 2 <= kMostArrivals);
 
 template <class T>
 struct Operands {
@@ -245,7 +244,8 @@ void launch_backward(
   // `most` slices have work to do; `columns` numbers are a unit's share.
   auto divide = [&](int64_t units, int64_t most, int64_t columns) {
     if (grad_scale != nullptr) {
-      most = std::min({most, std::max<int64_t>(1, kBlocks / units), kMostShares / columns});
+      int64_t slices = units > kMostArrivals ? 1 : std::max<int64_t>(1, kBlocks / units);
+      most = std::min({most, slices, kMostShares / columns});
       sums.grad_scale = grad_scale->data_ptr();
       sums.type = dtype_of(*grad_scale);
     }

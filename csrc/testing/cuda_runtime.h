@@ -24,6 +24,11 @@ struct dim3 {
   dim3(uint32_t x, uint32_t y = 1, uint32_t z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) uint2 {
+  uint32_t x;
+  uint32_t y;
+};
+
 struct alignas(16) uint4 {
   uint32_t x;
   uint32_t y;
@@ -32,7 +37,7 @@ struct alignas(16) uint4 {
 };
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorStreamCaptureUnsupported };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 namespace manpp::emulation {
@@ -102,9 +107,13 @@ inline const char* cudaGetErrorString(cudaError_t) {
   return "";
 }
 
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* number) {
   *number = ::manpp::emulation::stream_number;
-  return cudaSuccess;
+  return ::manpp::emulation::capture_number == 0 ? cudaSuccess : cudaErrorStreamCaptureUnsupported; // as on a GPU
 }
 
 inline cudaError_t cudaStreamGetCaptureInfo(

@@ -219,7 +219,7 @@ DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() {}
 
 cudaStream_t current_stream(int) {
-  return nullptr;
+  return reinterpret_cast<cudaStream_t>(static_cast<uintptr_t>(emulation::stream_number));
 }
 
 // The stream that the test says is the current one, and what is being captured from it (0: nothing). Nothing is
@@ -259,7 +259,7 @@ extern "C" __attribute__((visibility("default"))) const char* manpp_emulated_lau
 // launch alone.
 extern "C" __attribute__((visibility("default"))) uint64_t manpp_emulated_counters(uint32_t* count) {
   const int64_t none = 0;
-  Arrivals found = arrivals(torch::stable::empty({&none, 1}), nullptr, kMostArrivals);
+  Arrivals found = arrivals(torch::stable::empty({&none, 1}), current_stream(0), kMostArrivals);
   *count = static_cast<uint32_t>(std::count(found.counters, found.counters + kMostArrivals, 0u));
   return found.own.defined() ? 0 : reinterpret_cast<uint64_t>(found.counters);
 }
