@@ -64,11 +64,11 @@ def _version(module: str) -> str | None:
 
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
+    told = os.environ.get("MANPP_COMMIT")  # of a tree that came without its history
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        # A tree that came without its history can be told its commit.
-        "commit": os.environ.get("MANPP_COMMIT") or _output("git", "rev-parse", "--short", "HEAD") or "unknown",
-        "changed": bool(_output("git", "status", "--porcelain", "--", "csrc", "manpp_kernels")),
+        "commit": told or _output("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "changed": told is None and bool(_output("git", "status", "--porcelain", "--", "csrc", "manpp_kernels")),
         "device": str(DEVICE),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

@@ -129,7 +129,7 @@ wants large && [ "$DEVICE" = cuda ] && part 90 large large
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 { wants micro || wants micro-ema; } && part 150 micro-ema micro ema_scale_update
 { wants micro || wants micro-mix; } && part 60 micro-mix micro scale_bias_mix
-{ wants micro || wants micro-copy; } && part 45 micro-copy micro detach_copy
+{ wants micro || wants micro-copy; } && part 70 micro-copy micro detach_copy
 wants host && part 40 host host
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 wants training && part 110 training training
