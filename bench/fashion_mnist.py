@@ -27,7 +27,7 @@ RULES = {
 }
 QUICK_RECIPE = "--model resnet20 --image-size 8 --limit 64 --test-limit 64 --epochs 1 --batch-size 32"
 CPU_RECIPE = "--model resnet20 --image-size 16 --limit 10000 --epochs 3 --batch-size 128"
-CUDA_RECIPE = "--model resnet32 --image-size 32 --epochs 5 --batch-size 512"
+CUDA_RECIPE = "--model resnet32 --image-size 32 --epochs 3 --batch-size 512 --amp bf16 --channels-last"
 
 
 def recipe() -> list[str]:

@@ -1,6 +1,6 @@
 """Every operator once on awkward inputs, small: what compute-sanitizer runs (``--error-exitcode`` tells the rest).
 
-    compute-sanitizer --tool memcheck python bench/sanitizer_workload.py [backend]
+    compute-sanitizer --tool memcheck python bench/sanitizer_workload.py [backend [update plan stochastic mix copy]]
 
 Results are compared with the eager backend, so that a run that computed nothing does not pass.
 """
@@ -17,6 +17,7 @@ import manpp_kernels
 from manpp_kernels import EmaPlan, detach_copy, ema_scale_update, scale_bias_mix
 
 BACKEND = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+ONLY = sys.argv[2:]  # for a look at some of them
 DEVICE = "cpu" if BACKEND == "cpu" else "cuda"
 SHAPES = [(0,), (1,), (3, 5), (127,), (1031,), (4096,), (64, 64, 3, 3), (10007,)] + [(17,)] * 40
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -73,7 +74,7 @@ def works() -> list[tuple[Callable[..., list[Tensor]], tuple[object, ...]]]:
     found += [(f, pair) for f in (update, plan, stochastic) for pair in pairs]
     layouts = (torch.contiguous_format, torch.channels_last)
     found += [(f, (layout, channels)) for f in (mix, copy) for layout in layouts for channels in (5, 16)]
-    return found
+    return [(f, arguments) for f, arguments in found if not ONLY or f.__name__ in ONLY]
 
 
 def run(backend: str, function: Callable[..., list[Tensor]], arguments: tuple[object, ...]) -> list[Tensor]:

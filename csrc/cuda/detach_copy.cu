@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const From* __restrict__
 
 // The tiles of a transposition: `height` x `width` elements, powers of two; so many of them down and across an image.
 struct Tiles {
-  int64_t down;
-  int64_t across;
+  uint32_t down;
+  uint32_t across;
   int log_width;
   int log_height;
 };
@@ -51,46 +51,97 @@ struct Tiles {
 template <class T>
 constexpr int kPair = 4 / static_cast<int>(sizeof(T));
 
+// A thread's place in a tile that is walked along its lines, V elements at a time: it stays at `lane`, and its lines are
+// `step` apart.
+struct Walk {
+  int lane;
+  int line;
+  int step;
+
+  __device__ __forceinline__ Walk(int log_length, int v)
+      : lane(threadIdx.x * v & ((1 << log_length) - 1)), line(threadIdx.x * v >> log_length),
+        step(kThreads * v >> log_length) {}
+
+  // How many of its lines are among the first `lines`, each of which has `length` elements.
+  __device__ __forceinline__ int count(int64_t lines, int64_t length) const {
+    int64_t left = lines - line;
+    return lane >= length || left <= 0 ? 0 : static_cast<int>(min(int64_t{kTile}, left) + step - 1) / step;
+  }
+};
+
+// One tile, x and y at its corner; `down` and `across` are what is left of the image from there. Where it is Whole, a
+// thread asks for all that it reads before it waits for the first: the compiler mixes loads that depend on conditions
+// with the stores after them.
+template <bool Whole, int VX, int VY, class From, class To>
+__device__ __forceinline__ void transpose_tile(
+    const From* __restrict__ x, To* __restrict__ y, float* tile, int64_t rows, int64_t columns, int64_t down,
+    int64_t across, const Tiles& tiles) {
+  constexpr int kReads = kTile / (kThreads * VX);
+  constexpr int kWrites = kTile / (kThreads * VY);
+  int pitch = (1 << tiles.log_width) + 1;
+  {
+    Walk walk(tiles.log_width, VX);
+    int count = Whole ? kReads : walk.count(down, across);
+    x += walk.line * columns + walk.lane;
+    int64_t stride = walk.step * columns;
+    Packed<From, VX> in[kReads];
+#pragma unroll
+    for (int i = 0; i < kReads; ++i) {
+      if (i < count) {
+        in[i].load(x + i * stride);
+      }
+    }
+    float* to = tile + walk.line * pitch + walk.lane;
+#pragma unroll
+    for (int i = 0; i < kReads; ++i) {
+      if (i < count) {
+        From element[VX];
+        in[i].unpack(element);
+#pragma unroll
+        for (int k = 0; k < VX; ++k) {
+          to[i * walk.step * pitch + k] = static_cast<float>(element[k]);
+        }
+      }
+    }
+  }
+  __syncthreads();
+  Walk walk(tiles.log_height, VY);
+  int count = Whole ? kWrites : walk.count(across, down);
+  const float* from = tile + walk.lane * pitch + walk.line;
+  y += walk.line * rows + walk.lane;
+  int64_t stride = walk.step * rows;
+#pragma unroll
+  for (int i = 0; i < kWrites; ++i) {
+    if (i < count) {
+      To out[VY];
+#pragma unroll
+      for (int k = 0; k < VY; ++k) {
+        out[k] = static_cast<To>(from[k * pitch + i * walk.step]);
+      }
+      store_vector(y + i * stride, out);
+    }
+  }
+}
+
 // [rows][columns] -> [columns][rows] for every image, a tile a block: read along the rows, written along the columns,
 // crossing in shared memory, whose rows are one element longer so that a column lies in 32 different banks.
 template <class From, class To, int VX, int VY>
 __global__ void __launch_bounds__(kThreads) transpose_kernel(
     const From* __restrict__ x, To* __restrict__ y, int64_t rows, int64_t columns, const Tiles tiles) {
   __shared__ float tile[kTile + kTile / kLeastSide];
-  int width = 1 << tiles.log_width;
-  int height = 1 << tiles.log_height;
-  int64_t block = blockIdx.x;
-  int64_t column0 = block % tiles.across * width;
-  int64_t row0 = block / tiles.across % tiles.down * height;
-  int64_t image = block / (tiles.across * tiles.down) * rows * columns;
-#pragma unroll
-  for (int i = 0; i < kTile / (kThreads * VX); ++i) {
-    int at = (i * kThreads + threadIdx.x) * VX;
-    int line = at >> tiles.log_width;
-    int lane = at & (width - 1);
-    if (row0 + line < rows && column0 + lane < columns) {
-      From in[VX];
-      load_vector(x + image + (row0 + line) * columns + column0 + lane, in);
-#pragma unroll
-      for (int k = 0; k < VX; ++k) {
-        tile[line * (width + 1) + lane + k] = static_cast<float>(in[k]);
-      }
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kTile / (kThreads * VY); ++i) {
-    int at = (i * kThreads + threadIdx.x) * VY;
-    int line = at >> tiles.log_height;
-    int lane = at & (height - 1);
-    if (column0 + line < columns && row0 + lane < rows) {
-      To out[VY];
-#pragma unroll
-      for (int k = 0; k < VY; ++k) {
-        out[k] = static_cast<To>(tile[(lane + k) * (width + 1) + line]);
-      }
-      store_vector(y + image + (column0 + line) * rows + row0 + lane, out);
-    }
+  uint32_t line = blockIdx.x / tiles.across;
+  uint32_t image = line / tiles.down;
+  int64_t column = static_cast<int64_t>(blockIdx.x - line * tiles.across) << tiles.log_width;
+  int64_t row = static_cast<int64_t>(line - image * tiles.down) << tiles.log_height;
+  int64_t start = image * (rows * columns);
+  x += start + row * columns + column;
+  y += start + column * rows + row;
+  int64_t down = rows - row;
+  int64_t across = columns - column;
+  if (down >> tiles.log_height > 0 && across >> tiles.log_width > 0) {
+    transpose_tile<true, VX, VY>(x, y, tile, rows, columns, down, across, tiles);
+  } else {
+    transpose_tile<false, VX, VY>(x, y, tile, rows, columns, down, across, tiles);
   }
 }
 
@@ -135,25 +186,28 @@ int log_side(int64_t n) {
 }
 static_assert(1 << 4 == kLeastSide && 1 << (6 + 6) == kTile);
 
-// A square tile, but for images of few rows or columns, which it would be mostly off.
-Tiles tiles_of(const Transposition& t) {
+// Square tiles, but for images of few rows or columns, which they would be mostly off; and how many there are in all.
+Tiles tiles_of(const Transposition& t, uint32_t* blocks) {
   constexpr int both = 12;
   Tiles tiles;
   tiles.log_height = log_side(t.rows);
   tiles.log_width = tiles.log_height < 6 ? both - tiles.log_height : log_side(t.columns);
   tiles.log_height = both - tiles.log_width;
-  tiles.down = (t.rows + (1 << tiles.log_height) - 1) >> tiles.log_height;
-  tiles.across = (t.columns + (1 << tiles.log_width) - 1) >> tiles.log_width;
+  int64_t down = (t.rows + (1 << tiles.log_height) - 1) >> tiles.log_height;
+  int64_t across = (t.columns + (1 << tiles.log_width) - 1) >> tiles.log_width;
+  *blocks = checked_blocks(t.batch * down * across);
+  tiles.down = static_cast<uint32_t>(down);
+  tiles.across = static_cast<uint32_t>(across);
   return tiles;
 }
 
 template <class From, class To>
 void launch_transpose(const Tensor& x, Tensor& y, const Transposition& t, cudaStream_t stream) {
-  Tiles tiles = tiles_of(t);
+  uint32_t blocks = 0;
+  Tiles tiles = tiles_of(t, &blocks);
   auto from = static_cast<const From*>(x.data_ptr());
   auto to = static_cast<To*>(y.data_ptr());
   auto run = [&](auto kernel) {
-    uint32_t blocks = checked_blocks(t.batch * tiles.down * tiles.across);
     launch_kernel("detach_copy", kernel, blocks, stream, from, to, t.rows, t.columns, tiles);
   };
   bool pairs = t.columns % kPair<From> == 0 && t.rows % kPair<To> == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0 &&

@@ -349,7 +349,8 @@ def test_gradient_of_a_mix_scale(shape: tuple[int, ...], per_channel: bool, layo
 
 @pytest.mark.parametrize(("source", "result"), list(itertools.product((F32, BF16, F16), repeat=2)), ids=str)
 def test_copies_have_the_bits_of_copy(source: torch.dtype, result: torch.dtype) -> None:
-    for shape in ((2, 3, 65, 63), (1, 130, 2, 70), (3, 64, 8, 8), (2, 5, 4)):
+    # Square tiles, whole and not, and those for few rows or columns.
+    for shape in ((2, 3, 65, 63), (1, 130, 2, 70), (3, 64, 8, 8), (2, 5, 4), (2, 16, 32, 32), (1, 33, 20, 21)):
         for layouts in itertools.permutations(("contiguous", "channels_last"), 2):
             x, out = Sample(shape, source, layouts[0], seed=1), Sample(shape, result, layouts[1], seed=2)
             detach_copy(x.view, out.view)
