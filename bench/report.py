@@ -211,7 +211,8 @@ def page_block(found: dict[str, Results]) -> str:
         for key, (heading, section) in SECTIONS.items():
             if key in results:
                 source = f"From bench/results/{name}/{key}.json: {environment_line(results[key]['environment'])}"
-                parts += [f"### {heading}", source, section(results[key], gpu)]
+                parts += [f"### {heading}", source, *([results[key]["note"]] if "note" in results[key] else [])]
+                parts.append(section(results[key], gpu))
                 if key in OPERATORS:
                     parts.append(f"![{key}](figures/{name}-{key}.png)")
     return "\n\n".join(parts) or "No results are kept yet."
