@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from manpp_kernels.local import SavedTensorMeter, adapt
+from manpp_kernels.local.graphs import StepGraph
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -91,6 +92,13 @@ VARIANTS: dict[str, Callable[[nn.Module], Trains]] = {
     "MAN++, plain PyTorch, channels_last": _plain(torch.channels_last),
     "MAN++ parameter form, channels_last": _man_pp("parameter", channels_last=True),
 }
+if DEVICE.type == "cuda":
+    VARIANTS |= {
+        "e2e, CUDA graph": _ours(rule="e2e", cuda_graphs=True),
+        "dgl, wide head, CUDA graph": _ours(rule="dgl", rule_options=WIDE, cuda_graphs=True),
+        "MAN++ activation form, CUDA graph": _man_pp("activation", cuda_graphs=True),
+        "MAN++ parameter form, unlocked, CUDA graph": _man_pp("parameter", order="unlocked", cuda_graphs=True),
+    }
 
 
 def synchronize() -> None:
@@ -139,6 +147,8 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
         trainer = VARIANTS[name](MODELS[network](CLASSES).to(DEVICE).train())
         trainer.step(batch)  # the optimizer's state, the plans, the choice of convolutions
         memory[name] = step_memory(trainer, batch)
+        for _ in range(StepGraph.WARM_UP if DEVICE.type == "cuda" else 0):  # so that nothing is captured in timed steps
+            trainer.step(batch)
         trainers[name] = trainer
     times: dict[str, list[float]] = {name: [] for name in variants}
     again: list[float] = []

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from manpp_kernels import checkpoint
 from manpp_kernels.local.config import AMP_DTYPES, OptimizerFactory, SchedulerFactory, TrainerConfig, check_schedulers
 from manpp_kernels.local.epoch import EpochTotals, batches_from, deferred_interrupt
+from manpp_kernels.local.graphs import StepGraph, make_step_graph
 from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
 from manpp_kernels.local.partition import evaluating, partition
@@ -104,6 +105,9 @@ class LocalTrainer:
         self.optimizers = [make(group) for group in groups]
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
         check_schedulers(self.schedulers, config.schedule)
+        self._graph: StepGraph | None = None
+        if config.cuda_graphs:
+            self._graph = make_step_graph(self._compute, self.optimizers, self.device)
 
         self.epoch = 0
         self.position = 0
@@ -127,23 +131,27 @@ class LocalTrainer:
             ValueError: the batch does not fit the network (labels on an accelerator are checked
                 in the first step only).
         """
-        count = self.config.accumulate
-        check_batch(batch, count, len(self.network))
+        check_batch(batch, self.config.accumulate, len(self.network))
         # Where labels lie on an accelerator, looking at them makes the step wait for the one before: only once then.
         if self._labels and (self._first_step or batch[1].device.type == "cpu"):
             check_labels(batch[1], self.network.num_classes, self._ignored)
         self._first_step = False
         images, targets = self._on_device(batch)
-        parts = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
         self.network.train()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
         self._stepping = True
-        result = self._step_unlocked(parts) if self._unlocked else self._step_published(parts)
+        result = self._compute(images, targets) if self._graph is None else self._graph.step(images, targets)
         for scheduler in self.schedulers if self.config.schedule == "step" else ():
             scheduler.step()
         self._stepping = False
         return result
+
+    def _compute(self, images: Tensor, targets: Tensor) -> StepResult:
+        """The step itself, which depends on tensors on the device alone."""
+        count = self.config.accumulate
+        parts = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return self._step_unlocked(parts) if self._unlocked else self._step_published(parts)
 
     def _step_published(self, parts: list[Batch]) -> StepResult:
         """For each block forward, backward, EMA update; then the optimizer, once for all."""
@@ -314,7 +322,8 @@ class LocalTrainer:
             torch.cuda.synchronize(self.device)
             totals.tick(time.perf_counter() - last, timed=True, steps=0)
             if measure:
-                totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device))
+                replayed = self._graph.peak_bytes if self._graph is not None else 0
+                totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device), replayed)
         return True
 
     def _batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
@@ -405,6 +414,8 @@ class LocalTrainer:
         steppers, states = [*self.optimizers, *self.schedulers], [*state["optimizers"], *state["schedulers"]]
         for stepper, loaded in zip(steppers, states, strict=True):
             stepper.load_state_dict(loaded)
+        if self._graph is not None:
+            self._graph.forget()
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]

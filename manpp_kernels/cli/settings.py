@@ -147,6 +147,8 @@ class Settings:
                 TrainerConfig(**trainer, rule_options=rule or None),
             )
             make_rule(settings.trainer.rule, settings.trainer.rule_options)
+            if run.observe and settings.trainer.cuda_graphs:
+                raise ValueError("observe looks into every step, which cuda_graphs leaves to the device alone; use one")
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         return settings

@@ -39,6 +39,11 @@ class TrainerConfig:
         channels_last: keep the model and the images in the channels-last memory format. (On a CPU with one thread,
             strided 1x1 convolutions of PyTorch 2.14 corrupt memory in it where they take fewer than 8 channels.)
         compile: the ``torch.compile`` backend for the bodies of the blocks, such as ``"inductor"``; None for none.
+        cuda_graphs: capture a step in a CUDA graph after the first few, and replay it: on a GPU small blocks otherwise
+            wait for the host to launch them. Captured anew where the learning rate has changed, so not for a schedule
+            that steps every step. For optimizers that can be captured (SGD; Adam and its like with
+            ``capturable=True``), and not with ``amp="fp16"``, whose loss scaling waits for the device, or
+            ``data_parallel``.
         data_parallel: train a copy on every rank of ``torch.distributed``'s default process group, on batches of its
             own (as of a ``DistributedSampler``), with averaged gradients. All but ``evaluate`` is then called on every
             rank, with as many batches and the same folder for checkpoints. Running statistics are each rank's own, and
@@ -62,6 +67,7 @@ class TrainerConfig:
     amp: Literal["bf16", "fp16"] | None = None
     channels_last: bool = False
     compile: str | None = None
+    cuda_graphs: bool = False
     data_parallel: bool = False
     measure_memory: bool = True
 
@@ -73,6 +79,11 @@ class TrainerConfig:
             raise ValueError(f"accumulate has to be 1 or more, and is {self.accumulate}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm has to be positive or None, and is {self.clip_norm}")
+        if self.cuda_graphs:
+            against = {"schedule": "step", "amp": "fp16", "data_parallel": True}
+            for name, value in against.items():
+                if getattr(self, name) == value:
+                    raise ValueError(f"cuda_graphs does not go with {name}={value!r}")
 
     def sgd(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer that a trainer uses which is given none."""
