@@ -38,7 +38,8 @@ def backward_contenders(sets: list[Inputs], compiled: bool) -> list[Contender]:
 def _our_backward(x: Inputs, grads: list[Tensor]) -> Call:
     scale = x.scale.clone().requires_grad_()
     bias = [b.detach().requires_grad_() for b in x.bias]
-    plan = EmaPlan(x.ema, x.params, bias=bias, groups=x.groups or None, total=TOTAL)
+    ema = [e.clone() for e in x.ema]  # another backend's update of the same ones would spoil this one's graph
+    plan = EmaPlan(ema, x.params, bias=bias, groups=x.groups or None, total=TOTAL)
     weights = plan.update(MOMENTUM, scale=scale)
     return lambda: torch.autograd.grad(weights, [scale, *bias], grads, retain_graph=True)
 
