@@ -6,7 +6,9 @@
 #include <utility>
 
 #include "cpu/ema_scale_update.h"
-#include "ema_scale_update.h"
+#if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
+#include "cuda/ema_scale_update.h"
+#endif
 #include "table.h"
 
 namespace manpp {
@@ -47,10 +49,10 @@ class Handles {
   AtenTensorHandle operator[](size_t i) const {
     return handles_[i];
   }
-  std::vector<Tensor> release() {
-    std::vector<Tensor> tensors(handles_.begin(), handles_.end());
-    handles_.clear();
-    return tensors;
+  Tensor tensor(size_t i) const {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handles_[i], &handle));
+    return Tensor(handle);
   }
 
  private:
@@ -250,7 +252,7 @@ bool on_gpu(const Arguments& a) {
 #endif
 
 // Whether the update was done; false with nothing written where the arguments are out of the ordinary.
-bool update(Arguments& a) {
+bool update(const Arguments& a) {
   std::optional<std::vector<Entry>> entries;
   try {
     entries = ordinary(a);
@@ -259,15 +261,14 @@ bool update(Arguments& a) {
   if (!entries) {
     return false;
   }
+  Scalars scalars = make_scalars(a.momentum, std::nullopt, a.scale, a.total, std::nullopt);
 #if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
   if (on_gpu(a)) {
-    cuda::ema_scale_update(
-        a.ema.release(), a.params.release(), a.momentum, std::nullopt, a.scale, a.bias.release(), std::move(a.groups),
-        a.total, std::nullopt, a.out.release());
+    cuda::update_entries(*entries, !a.bias.empty(), a.ema.tensor(0), scalars);
     return true;
   }
 #endif
-  cpu::EmaLaunch(std::move(*entries)).run(make_scalars(a.momentum, std::nullopt, a.scale, a.total, std::nullopt));
+  cpu::EmaLaunch(std::move(*entries)).run(scalars);
   return true;
 }
 

@@ -304,6 +304,16 @@ void EmaLaunch::run(const Scalars& scalars) {
   }
 }
 
+void update_entries(const std::vector<Entry>& entries, bool weights, const Tensor& like, const Scalars& scalars) {
+  DeviceGuard guard(like.get_device_index());
+  cudaStream_t stream = current_stream(like.get_device_index());
+  if (weights) {
+    run_once<true>(entries, like, scalars, stream);
+  } else {
+    run_once<false>(entries, like, scalars, stream);
+  }
+}
+
 void ema_scale_update(
     std::vector<Tensor> ema,
     std::vector<Tensor> params,
@@ -320,13 +330,7 @@ void ema_scale_update(
   }
   DeviceGuard guard(ema[0].get_device_index());
   Table table = build_table(ema, params, bias, groups, out);
-  Scalars scalars = make_scalars(momentum, momentum_tensor, scale, total, seed);
-  cudaStream_t stream = current_stream(ema[0].get_device_index());
-  if (bias.empty()) {
-    run_once<false>(table.entries, ema[0], scalars, stream);
-  } else {
-    run_once<true>(table.entries, ema[0], scalars, stream);
-  }
+  update_entries(table.entries, !bias.empty(), ema[0], make_scalars(momentum, momentum_tensor, scale, total, seed));
   table.finish();
 }
 

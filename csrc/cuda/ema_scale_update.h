@@ -6,6 +6,9 @@
 
 namespace manpp::cuda {
 
+// An update of entries on the device of `like`: one launch, or two where they are more than fit its parameters.
+void update_entries(const std::vector<Entry>& entries, bool weights, const Tensor& like, const Scalars& scalars);
+
 // The tables of an update on a GPU, kept in device memory, for the launch plan. Updates on a stream other than the one
 // it was built on have to be done by the time it is deleted, as for any tensor of PyTorch.
 class EmaLaunch {
