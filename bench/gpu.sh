@@ -79,6 +79,9 @@ sanitizer() {
     "$PYTHON" bench/sanitizer_workload.py cuda
 }
 
+# What the micro parts compare with takes a minute to compile.
+prewarm() { "$PYTHON" bench/prewarm.py "$@"; }
+
 micro() { "$PYTHON" -m manpp_kernels.cli bench "$1" --json "$OUT/$1.json" ${MANPP_BENCH_QUICK:+--quick}; }
 host() { "$PYTHON" bench/host_cost.py --json "$OUT/host_cost.json"; }
 training() { "$PYTHON" bench/training.py --json "$OUT/training.json"; }
@@ -123,6 +126,14 @@ if wants sanitizer && [ "$DEVICE" = cuda ]; then
     part 120 "sanitizer-$tool" sanitizer "$tool" &
   done
 fi
+if wants tests || wants sanitizer; then # while nothing is timed
+  { wants micro || wants micro-copy; } && part 120 prewarm-copy prewarm bench_detach_copy &
+  { wants micro || wants micro-mix; } && part 120 prewarm-mix prewarm bench_scale_bias_mix &
+  if wants micro || wants micro-ema; then
+    part 120 prewarm-ema-large prewarm bench_ema_scale_update "4 x 25 M" &
+    part 120 prewarm-ema-small prewarm bench_ema_scale_update "96 x 4,800" &
+  fi
+fi
 wants tests && part 240 tests tests # in the foreground, as a shell's background jobs do not hear an interrupt
 wait
 wants large && [ "$DEVICE" = cuda ] && part 90 large large
@@ -141,5 +152,6 @@ wants tests && tail -n 3 "$LOGS/tests.log"
 "$PYTHON" bench/report.py --summary "$OUT"
 echo
 paste -sd';' "$LOGS/parts.txt" | sed 's/;/; /g'
-# A benchmark that was stopped has its rows so far; what is only right or wrong has to have come to its end.
-! grep -qE 'FAILED|^(build|doctor|tests|sanitizer.*|large): (STOPPED|left away)' "$LOGS/parts.txt"
+# Prewarming matters for the time alone. A benchmark that was stopped has its rows so far; what is only right or wrong has
+# to have come to its end.
+! grep -v ^prewarm "$LOGS/parts.txt" | grep -qE 'FAILED|^(build|doctor|tests|sanitizer.*|large): (STOPPED|left away)'
