@@ -146,7 +146,7 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
         torch.manual_seed(0)
         trainer = VARIANTS[name](MODELS[network](CLASSES).to(DEVICE).train())
         trainer.step(batch)  # the optimizer's state, the plans, the choice of convolutions
-        memory[name] = step_memory(trainer, batch)
+        memory[name] = step_memory(trainer, batch)  # before there is a graph, which takes as much
         for _ in range(StepGraph.WARM_UP if DEVICE.type == "cuda" else 0):  # so that nothing is captured in timed steps
             trainer.step(batch)
         trainers[name] = trainer

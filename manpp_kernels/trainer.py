@@ -107,7 +107,7 @@ class LocalTrainer:
         check_schedulers(self.schedulers, config.schedule)
         self._graph: StepGraph | None = None
         if config.cuda_graphs:
-            self._graph = make_step_graph(self._compute, self.optimizers, self.device)
+            self._graph = make_step_graph(self._compute, self.network, self.optimizers, self.device)
 
         self.epoch = 0
         self.position = 0
@@ -414,8 +414,6 @@ class LocalTrainer:
         steppers, states = [*self.optimizers, *self.schedulers], [*state["optimizers"], *state["schedulers"]]
         for stepper, loaded in zip(steppers, states, strict=True):
             stepper.load_state_dict(loaded)
-        if self._graph is not None:
-            self._graph.forget()
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]

@@ -49,6 +49,16 @@ def batches(count: int, n: int = 8, device: str = "cpu") -> list[tuple[Tensor, T
     ]
 
 
+def numbers(trainer: LocalTrainer) -> list[dict[str, Any]]:
+    groups = [g for o in trainer.optimizers for g in o.param_groups]
+    return [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in groups]
+
+
+def addresses(trainer: LocalTrainer) -> list[int]:
+    states = [t for o in trainer.optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
+    return [t.data_ptr() for t in (*trainer.persistent_tensors(), *states)]
+
+
 class Recorder:
     """Stands in for a GPU: a capture runs nothing, a replay does what was captured, with the numbers of then."""
 
@@ -64,20 +74,21 @@ class Recorder:
 
     def capture(self, call: Callable[[], Any]) -> Any:
         self.captures += 1
-        self._call, self._rates = call, [g["lr"] for o in self.trainer.optimizers for g in o.param_groups]
+        self._call, self._numbers, self._addresses = call, numbers(self.trainer), addresses(self.trainer)
         self._results = torch.zeros(len(self.trainer.network), dtype=torch.float64), torch.zeros(8, 4).double()
         return self._results
 
     def replay(self) -> None:
         self.replays += 1
-        groups = [g for o in self.trainer.optimizers for g in o.param_groups]
-        now = [g["lr"] for g in groups]
-        for group, rate in zip(groups, self._rates, strict=True):
-            group["lr"] = rate
+        assert addresses(self.trainer) == self._addresses, "a GPU would write where the tensors were"
+        groups, now = [g for o in self.trainer.optimizers for g in o.param_groups], numbers(self.trainer)
+        for group, then in zip(groups, self._numbers, strict=True):
+            group.update(copy.deepcopy(then))
         for result, value in zip(self._results, self._call(), strict=True):
             result.copy_(value.detach())
-        for group, rate in zip(groups, now, strict=True):
-            group["lr"] = rate
+        assert addresses(self.trainer) == self._addresses, "a GPU would make this tensor anew at every replay"
+        for group, then in zip(groups, now, strict=True):
+            group.update(then)
 
     def forget(self) -> None: ...
 
@@ -85,7 +96,8 @@ class Recorder:
 def recorded(trainer: LocalTrainer) -> Recorder:
     """Put a graph into a trainer on the CPU."""
     recorder = Recorder(trainer)
-    trainer._graph = StepGraph(trainer._compute, trainer.optimizers, recorder)  # type: ignore[arg-type]
+    device: Any = recorder
+    trainer._graph = StepGraph(trainer._compute, trainer.network, trainer.optimizers, device)
     return recorder
 
 
@@ -147,6 +159,80 @@ def test_a_loaded_checkpoint_starts_over(tmp_path) -> None:
         assert torch.equal(a, b)
 
 
+def momentum_at_the_drop(trainer: LocalTrainer) -> None:
+    trainer.optimizers[0].state.clear()
+    trainer.optimizers[0].param_groups[0]["lr"] = 0.01
+
+
+def other_memory(trainer: LocalTrainer) -> None:
+    parameter = next(trainer.model.parameters())
+    parameter.data = parameter.data.clone()
+
+
+def other_buffers(trainer: LocalTrainer) -> None:
+    norm = next(m for m in trainer.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    norm.running_mean = norm.running_mean + 1
+
+
+CHANGES: dict[str, Callable[[LocalTrainer], Any]] = {
+    "momentum begun anew, and a smaller rate": momentum_at_the_drop,
+    "a parameter in other memory": other_memory,
+    "a buffer replaced": other_buffers,
+    "the optimizer's state loaded": lambda t: t.optimizers[0].load_state_dict(
+        copy.deepcopy(t.optimizers[0].state_dict())
+    ),
+    "another momentum": lambda t: t.optimizers[0].param_groups[0].update(momentum=0.5),
+    "a frozen parameter": lambda t: next(t.model.parameters()).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_in_between_is_noticed(change: str) -> None:
+    eager, graphed = make(rule="man++"), make(rule="man++")
+    recorder = recorded(graphed)
+    for batch in batches(5):
+        eager.step(batch)
+        graphed.step(batch)
+    for trainer in (eager, graphed):
+        CHANGES[change](trainer)
+    for batch in batches(5):
+        eager.step(batch)
+        graphed.step(batch)
+    assert (recorder.runs, recorder.captures, recorder.replays) == (6, 2, 4)
+    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_learning_rate_that_is_a_tensor_on_the_host() -> None:
+    def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, torch.tensor(0.05, dtype=torch.float64), momentum=0.9, foreach=False)
+
+    eager, graphed = (make(rule="dgl", optimizer=sgd) for _ in range(2))
+    recorder = recorded(graphed)
+    for i, batch in enumerate(batches(7)):
+        for trainer in (eager, graphed):
+            if i == 5:
+                trainer.optimizers[0].param_groups[0]["lr"].fill_(0.01)
+            trainer.step(batch)
+    assert (recorder.runs, recorder.captures, recorder.replays) == (3, 2, 4)
+    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_memory_that_does_not_suffice_is_no_other_error() -> None:
+    trainer = make(rule="dgl")
+    recorder = recorded(trainer)
+
+    def refuse(call: Callable[[], Any]) -> Any:
+        raise torch.OutOfMemoryError("none left")
+
+    recorder.capture = refuse  # type: ignore[method-assign]
+    for batch in batches(3):
+        trainer.step(batch)
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        trainer.step(batches(1)[0])
+
+
 def test_a_step_that_cannot_be_captured_says_so_and_leaves_the_trainer_whole() -> None:
     trainer = make(rule="dgl")
     recorder = recorded(trainer)
@@ -196,6 +282,21 @@ def test_optimizers_that_can_be_captured(name: str) -> None:
             check_capturable([optimizer])
 
 
+def counted(trainer: LocalTrainer) -> dict[str, int]:
+    """How often a trainer on a GPU captures and replays from here on."""
+    assert trainer._graph is not None
+    device, counts = trainer._graph._device, {"capture": 0, "replay": 0}
+    methods = {name: getattr(device, name) for name in counts}
+
+    def call(name: str, *args: Any) -> Any:
+        counts[name] += 1
+        return methods[name](*args)
+
+    for name in counts:
+        setattr(device, name, functools.partial(call, name))
+    return counts
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", CASES)
@@ -205,14 +306,40 @@ def test_on_a_gpu(case: str) -> None:
     eager, graphed = (
         make("cuda", scheduler=schedule, cuda_graphs=graphs, **copy.deepcopy(CASES[case])) for graphs in (False, True)
     )
+    counts = counted(graphed)
     epoch = [*batches(5), *batches(1, n=4)]
     for trainer in (eager, graphed):
-        trainer.fit(epoch, 2)
+        trainer.fit(epoch, 2, val_loader=batches(2))
+    assert counts == {"capture": 2, "replay": 2 + 5}
+    assert graphed._graph is not None
+    assert graphed.history[1]["peak_memory_bytes"] >= graphed._graph.peak_bytes > 0
     for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     for a, b in zip(eager.history, graphed.history, strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-7)
-        assert b["peak_memory_bytes"] > 0
+        for name in ("train_loss", "val_loss"):
+            assert a[name] == pytest.approx(b[name], rel=1e-7)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_checkpoint_in_between_on_a_gpu(tmp_path) -> None:
+    """Saved after replays, loaded into another trainer and into the same one."""
+    eager, graphed = (make("cuda", rule="man++", cuda_graphs=graphs) for graphs in (False, True))
+    for trainer in (eager, graphed):
+        for batch in batches(5):
+            trainer.step(batch)
+    graphed.save(tmp_path / "checkpoint.pt")
+    other = make("cuda", rule="man++", cuda_graphs=True)
+    counts = counted(graphed)
+    for trainer in (graphed, other):
+        trainer.load(tmp_path / "checkpoint.pt")
+    for trainer in (eager, graphed, other):
+        for batch in batches(5):
+            trainer.step(batch)
+    assert counts == {"capture": 1, "replay": 2}
+    for a, b, c in zip(*(t.persistent_tensors() for t in (eager, graphed, other)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(a, c, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.cuda
@@ -220,8 +347,10 @@ def test_on_a_gpu(case: str) -> None:
 def test_adam_on_a_gpu() -> None:
     adam = functools.partial(torch.optim.AdamW, lr=1e-2, capturable=True)
     eager, graphed = (make("cuda", optimizer=adam, rule="man++", cuda_graphs=graphs) for graphs in (False, True))
+    counts = counted(graphed)
     for batch in batches(6):
         eager.step(batch)
         graphed.step(batch)
+    assert counts == {"capture": 1, "replay": 3}
     for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)

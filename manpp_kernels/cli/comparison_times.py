@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from manpp_kernels.checkpoint import atomic_path
+from manpp_kernels.local.graphs import StepGraph
 
 if TYPE_CHECKING:
     from manpp_kernels.cli.compare import Comparison
 
 TIMES_NAME = "step_times.json"
+UNCOUNTED = StepGraph.WARM_UP + 1  # what is set up in the first steps, a graph of one of them included
 
 
 def measure(comparison: Comparison, folder: Path, rounds: int) -> None:
-    """Time ``rounds`` steps of every variant, after two that are not counted, and write them to ``folder``.
+    """Time ``rounds`` steps of every variant, after some that are not counted, and write them to ``folder``.
 
     Raises:
         UserError: a variant cannot be trained.
@@ -32,7 +34,7 @@ def measure(comparison: Comparison, folder: Path, rounds: int) -> None:
 
     steps = {v.name: prepared_step(next(iter(v.runs.values()))) for v in comparison.variants}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(-2, rounds):
+    for number in range(-UNCOUNTED, rounds):
         for name, step in steps.items():
             begin = time.perf_counter()
             step()

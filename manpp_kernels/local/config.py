@@ -43,7 +43,9 @@ class TrainerConfig:
             wait for the host to launch them. Captured anew where the learning rate has changed, so not for a schedule
             that steps every step. For optimizers that can be captured (SGD; Adam and its like with
             ``capturable=True``), and not with ``amp="fp16"``, whose loss scaling waits for the device, or
-            ``data_parallel``.
+            ``data_parallel``. A replay repeats what the captured step did on the device, and none of its Python: no
+            hooks, no counters or random numbers on the host. It has memory of its own, beside which a batch of another
+            size needs its own: leave room for both.
         data_parallel: train a copy on every rank of ``torch.distributed``'s default process group, on batches of its
             own (as of a ``DistributedSampler``), with averaged gradients. All but ``evaluate`` is then called on every
             rank, with as many batches and the same folder for checkpoints. Running statistics are each rank's own, and

@@ -6,12 +6,13 @@ launched the next. A graph holds the launches of a whole step, at addresses and 
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manpp_kernels.local.step import StepResult
 
@@ -35,17 +36,25 @@ class Device:
         """Run on the stream that captures, so that what libraries and autograd set up for a stream is there by then."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = call()
-        current.wait_stream(self._stream)
-        return result
+        try:
+            with torch.cuda.stream(self._stream):
+                return call()
+        finally:
+            current.wait_stream(self._stream)
 
     def capture(self, call: Callable[[], Any]) -> Any:
         """Record what ``call`` launches, of which nothing runs yet; what it returns is filled by every replay."""
         self.forget()
+        gc.collect()
+        torch.cuda.synchronize(self._stream.device)
+        torch.cuda.empty_cache()  # memory that is free outside of a graph is of no use inside
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # Not by torch.cuda.graph, which after an error leaves its stream the current one. Only this thread's calls are
+        # watched: that of a loader that pins memory may make any.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(capture_error_mode="thread_local")
             result = call()
+            graph.capture_end()
         self._graph = graph
         self.peak_bytes = torch.cuda.max_memory_allocated(self._stream.device)
         return result
@@ -61,28 +70,34 @@ class Device:
 class StepGraph:
     """Runs the first steps as they are, then captures one and replays it.
 
-    A batch of another shape, as the last one of an epoch, runs as it is. A step is captured anew where the optimizer's
-    numbers have changed, as the learning rate from one epoch to the next.
+    A batch of another shape, as the last one of an epoch, runs as it is. A step is captured anew where learning rates
+    have changed, as from one epoch to the next, and after a warm-up where anything else has: a tensor has moved, as
+    when a checkpoint is loaded, or another number of an optimizer is another.
 
     Args:
         compute: a whole step on images and targets, from dropping the gradients to the optimizer. What it does has to
-            depend on tensors alone that stay where they are, and it must not wait for the device.
+            depend on tensors alone, and it must not wait for the device.
+        module: whose parameters and buffers it works on.
         optimizers: those it steps.
         device: where it runs.
     """
 
     WARM_UP = 3  # steps of a shape before one is captured: the optimizer's state, the plans, the libraries' choices
 
-    def __init__(self, compute: Compute, optimizers: Sequence[torch.optim.Optimizer], device: Device) -> None:
+    def __init__(
+        self, compute: Compute, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: Device
+    ) -> None:
         self._compute, self._optimizers, self._device = compute, optimizers, device
+        self._modules = list(module.modules())
         self.forget()
 
     def forget(self) -> None:
-        """Start over: something that the graph reads has moved, as the optimizer's state when one is loaded."""
+        """Start over, with a warm-up."""
         self._device.forget()
         self._seen: Counter[object] = Counter()
-        self._numbers: object = None
         self._layout: object = None
+        self._state: object = None
+        self._rates: object = None
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._outputs: tuple[Tensor, Tensor] | None = None
 
@@ -93,16 +108,18 @@ class StepGraph:
 
     def step(self, images: Tensor, targets: Tensor) -> StepResult:
         """One step; the result's tensors are the caller's own."""
+        if self._outputs is not None and self._state != self._watched():
+            self.forget()
         layout = tuple((t.shape, t.stride(), t.dtype) for t in (images, targets))
         if self._layout is None and self._seen[layout] >= self.WARM_UP:
             self._layout = layout
         if layout != self._layout:
             self._seen[layout] += 1
             return self._device.run(lambda: self._compute(images, targets))
-        numbers = optimizer_numbers(self._optimizers)
-        if self._outputs is None or numbers != self._numbers:
+        rates = [_number(group["lr"]) for group in _groups(self._optimizers)]
+        if self._outputs is None or rates != self._rates:
             self._capture(images, targets)
-            self._numbers = numbers
+            self._state, self._rates = self._watched(), rates
         assert self._inputs is not None
         assert self._outputs is not None
         self._inputs[0].copy_(images)
@@ -112,10 +129,14 @@ class StepGraph:
         return StepResult(list(losses.unbind()), logits)
 
     def _capture(self, images: Tensor, targets: Tensor) -> None:
+        check_capturable(self._optimizers)
         if self._inputs is None:
             self._inputs = torch.empty_like(images), torch.empty_like(targets)
         inputs = self._inputs
-        self._outputs = None  # memory of the graph before, which makes room for this one
+        # Results and gradients lie in the memory of the graph before, which makes room for this one.
+        self._outputs = None
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
         def call() -> tuple[Tensor, Tensor]:
             result = self._compute(*inputs)
@@ -123,15 +144,36 @@ class StepGraph:
 
         try:
             self._outputs = self._device.capture(call)
+        except torch.OutOfMemoryError:
+            self.forget()
+            raise
         except RuntimeError as error:
             self.forget()
             raise RuntimeError(
-                f"this training step cannot be captured in a CUDA graph ({str(error).splitlines()[0]}); train with "
-                "cuda_graphs=False"
+                f"this training step cannot be captured in a CUDA graph ({str(error).splitlines()[0]}). No tensor of "
+                "the training has changed, but CUDA is not to be used further in this process: continue in another, "
+                "with cuda_graphs=False"
             ) from error
 
+    def _watched(self) -> object:
+        """What a captured step depends on beside the values of tensors and learning rates."""
+        return list(self._addresses()), [
+            sorted((key, _number(value)) for key, value in group.items() if key not in ("params", "lr"))
+            for group in _groups(self._optimizers)
+        ]
 
-def make_step_graph(compute: Compute, optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> StepGraph:
+    def _addresses(self) -> Iterator[tuple[int, bool]]:
+        for module in self._modules:
+            for tensors in (module._parameters, module._buffers):
+                yield from ((t.data_ptr(), t.requires_grad) for t in tensors.values() if t is not None)
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                yield from ((t.data_ptr(), False) for t in state.values() if isinstance(t, Tensor))
+
+
+def make_step_graph(
+    compute: Compute, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: torch.device
+) -> StepGraph:
     """A :class:`StepGraph` for a device.
 
     Raises:
@@ -140,24 +182,40 @@ def make_step_graph(compute: Compute, optimizers: Sequence[torch.optim.Optimizer
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs needs a CUDA device, and the model is on {device}")
     check_capturable(optimizers)
-    return StepGraph(compute, optimizers, Device(device))
-
-
-def optimizer_numbers(optimizers: Sequence[torch.optim.Optimizer]) -> object:
-    """Learning rates and whatever else of an optimizer is no tensor: a captured step has them written into it."""
-    return [
-        sorted((key, repr(value)) for key, value in group.items() if key != "params" and not isinstance(value, Tensor))
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    ]
+    return StepGraph(compute, module, optimizers, Device(device))
 
 
 def check_capturable(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Raise where a step of an optimizer depends on numbers of its own on the host, which a graph would repeat."""
     for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.SGD) or all(g.get("capturable") for g in optimizer.param_groups):
-            continue
         name = type(optimizer).__name__
-        if "capturable" in optimizer.defaults:
-            raise ValueError(f"cuda_graphs needs an optimizer that can be captured: make {name} with capturable=True")
-        raise ValueError(f"cuda_graphs needs an optimizer that can be captured, and {name} cannot; use SGD, or AdamW")
+        if isinstance(optimizer, torch.optim.SGD):
+            on_device = [
+                key
+                for group in optimizer.param_groups
+                for key, value in group.items()
+                if isinstance(value, Tensor) and value.device.type != "cpu"
+            ]
+            if on_device:
+                raise ValueError(f"cuda_graphs needs {on_device[0]} of {name} to be a number, not a tensor on a device")
+        elif not all(group.get("capturable") for group in optimizer.param_groups):
+            if "capturable" in optimizer.defaults:
+                raise ValueError(
+                    f"cuda_graphs needs an optimizer that can be captured: make {name} with capturable=True (a "
+                    "checkpoint brings back the setting that it was saved with)"
+                )
+            raise ValueError(
+                f"cuda_graphs needs an optimizer that can be captured, and {name} cannot: take SGD or AdamW"
+            )
+
+
+def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[dict[str, Any]]:
+    for optimizer in optimizers:
+        yield from optimizer.param_groups
+
+
+def _number(value: Any) -> str:
+    """A number as a captured step has it written into it; a tensor on the device is read at every replay instead."""
+    if isinstance(value, Tensor):
+        return repr(value.tolist()) if value.device.type == "cpu" else f"at {value.data_ptr()}"
+    return repr(value)

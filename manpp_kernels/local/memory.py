@@ -109,6 +109,9 @@ class StepMemory:
 def measure_step_memory(trainer: LocalTrainer, batch: tuple[Tensor, Tensor]) -> StepMemory:
     """Run one training step on ``batch`` and measure it. It is a real step: parameters and EMA change.
 
+    A step that a CUDA graph replays (``cuda_graphs``) passes neither autograd nor the allocator by, and shows nothing:
+    measure one of the first three.
+
     Args:
         trainer: the trainer to step.
         batch: images (N, ...) and targets, as for ``trainer.step``.
