@@ -97,6 +97,7 @@ class LocalTrainer:
             for block in self.network:
                 block.body.compile(backend=config.compile)
 
+        self._modules = list(self.network.modules())
         self._unlocked = config.order == "unlocked"
         self._ema = [self.network.ema_updates()] if self._unlocked else self.network.ema_updates_by_block()
         make = optimizer or config.sgd
@@ -137,7 +138,8 @@ class LocalTrainer:
             check_labels(batch[1], self.network.num_classes, self._ignored)
         self._first_step = False
         images, targets = self._on_device(batch)
-        self.network.train()
+        if not all(module.training for module in self._modules):  # asking takes a hundredth of setting it
+            self.network.train()
         self._stepping = True
         result = self._compute(images, targets) if self._graph is None else self._graph.step(images, targets)
         for scheduler in self.schedulers if self.config.schedule == "step" else ():

@@ -47,6 +47,20 @@ def without_norm() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(4, 4)).double()
 
 
+def test_a_step_is_one_of_training_whatever_mode_the_model_was_left_in() -> None:
+    left, kept = small_trainer(), small_trainer()
+    for i in range(3):
+        torch.manual_seed(i)
+        images = batch()
+        left.model.eval()
+        next(left.model.children()).train()  # as of a part alone
+        for trainer in (left, kept):
+            trainer.step(images)
+    assert all(module.training for module in left.network.modules())
+    for a, b in zip(left.persistent_tensors(), kept.persistent_tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_accumulation_is_the_whole_batch_where_no_layer_looks_across_it(count: int) -> None:
     model = without_norm()
