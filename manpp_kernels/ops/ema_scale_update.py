@@ -278,9 +278,9 @@ def _common_case(
         return _update_alone(ema, params, momentum), None
     if type(scale) not in _PLAIN or not {int}.issuperset(map(type, groups or ())):
         return False, None
-    out = [torch.empty_like(b, requires_grad=False) for b in bias]
     try:
         with torch._C._AutoDispatchBelowAutograd():
+            out = list(map(torch.empty_like, bias))
             scale_ = scale.contiguous()
             return _scale_update_checked(ema, params, momentum, scale_, bias, list(groups or ()), total, out), out
     except NotImplementedError:  # sparse tensors
