@@ -186,25 +186,22 @@ int log_side(int64_t n) {
 }
 static_assert(1 << 4 == kLeastSide && 1 << (6 + 6) == kTile);
 
-// Square tiles, but for images of few rows or columns, which they would be mostly off; and how many there are in all.
-Tiles tiles_of(const Transposition& t, uint32_t* blocks) {
+// Square tiles, but for images of few rows or columns, which they would be mostly off.
+Tiles tiles_of(const Transposition& t) {
   constexpr int both = 12;
   Tiles tiles;
   tiles.log_height = log_side(t.rows);
   tiles.log_width = tiles.log_height < 6 ? both - tiles.log_height : log_side(t.columns);
   tiles.log_height = both - tiles.log_width;
-  int64_t down = (t.rows + (1 << tiles.log_height) - 1) >> tiles.log_height;
-  int64_t across = (t.columns + (1 << tiles.log_width) - 1) >> tiles.log_width;
-  *blocks = checked_blocks(t.batch * down * across);
-  tiles.down = static_cast<uint32_t>(down);
-  tiles.across = static_cast<uint32_t>(across);
+  tiles.down = static_cast<uint32_t>((t.rows + (1 << tiles.log_height) - 1) >> tiles.log_height);
+  tiles.across = static_cast<uint32_t>((t.columns + (1 << tiles.log_width) - 1) >> tiles.log_width);
   return tiles;
 }
 
 template <class From, class To>
 void launch_transpose(const Tensor& x, Tensor& y, const Transposition& t, cudaStream_t stream) {
-  uint32_t blocks = 0;
-  Tiles tiles = tiles_of(t, &blocks);
+  Tiles tiles = tiles_of(t);
+  uint32_t blocks = checked_blocks(t.batch * tiles.down * tiles.across);
   auto from = static_cast<const From*>(x.data_ptr());
   auto to = static_cast<To*>(y.data_ptr());
   auto run = [&](auto kernel) {
