@@ -24,14 +24,6 @@ library.define(
 _DTYPE_NUMBER = {dtype: number for number, dtype in enumerate(_checks.EMA_DTYPES)}
 
 
-# What graphs read that a plan may replace when a tensor moves: nothing says when a graph ends, so it is kept for good.
-_kept_for_graphs: dict[int, Tensor] = {}
-
-
-def keep_for_graphs(t: Tensor) -> None:
-    _kept_for_graphs.setdefault(t.data_ptr(), t)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Lists:
     """What a plan was built for; bias, groups and weights are empty without effective weights."""
@@ -102,7 +94,7 @@ class _TritonLaunch:
             self._built = not capturing
         elif capturing and self._table is not None:
             for t in (self._table.buffer, *self._table.keep):
-                keep_for_graphs(t)
+                backends.keep_for_graphs(t)
         tensor = momentum if isinstance(momentum, Tensor) else None
         value = 0.0 if isinstance(momentum, Tensor) else float(momentum)
         launch(self._table, value, tensor, scale, lists.total, seed)
@@ -278,7 +270,7 @@ class EmaPlan:
             launch = self._prepare()
         if self._seed is not None:
             if backends.is_capturing(self.device):
-                keep_for_graphs(self._seed)
+                backends.keep_for_graphs(self._seed)
             self._seed.random_(op.SEED_MIN, op.SEED_MAX, generator=self.generator)
         ran = launch.run(
             momentum.detach() if isinstance(momentum, Tensor) else momentum,

@@ -161,3 +161,11 @@ def selected(device: torch.device) -> str:
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on ``device`` now becomes part of a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+_kept_for_graphs: dict[int, torch.Tensor] = {}
+
+
+def keep_for_graphs(t: torch.Tensor) -> None:
+    """Keep what a graph reads at every replay, for good: nothing says when a graph ends."""
+    _kept_for_graphs.setdefault(t.data_ptr(), t)

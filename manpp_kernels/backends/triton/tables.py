@@ -23,7 +23,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from manpp_kernels.backends import is_capturing
+from manpp_kernels.backends import is_capturing, keep_for_graphs
 from manpp_kernels.backends.eager import _is_dense
 from manpp_kernels.backends.triton.arithmetic import CODES, VECTOR
 
@@ -196,14 +196,12 @@ def _upload(
     owners = words[edges[3] :].view(numpy.int32)
     owners[:programs] = numpy.repeat(numpy.arange(len(rows), dtype=numpy.int32), counts)
     if is_capturing(device):
-        # The copy becomes part of the graph and reads this buffer at every replay: it may never be used again.
-        _captured.append(host)
+        keep_for_graphs(host)  # the copy becomes part of the graph
     buffer = host.to(device, non_blocking=True)
     parts = [buffer[a:b] for a, b in itertools.pairwise(edges)]
     return buffer, (parts[0], parts[3].view(torch.int32), parts[1], parts[2].view(torch.int32))
 
 
-_captured: list[Tensor] = []
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 # Counters that captures may take, on each device: 1 MB, several hundred launches at the least.
