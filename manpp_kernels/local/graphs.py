@@ -88,7 +88,8 @@ class StepGraph:
         self, compute: Compute, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: Device
     ) -> None:
         self._compute, self._optimizers, self._device = compute, optimizers, device
-        self._modules = list(module.modules())
+        # Where the tensors are registered: a replaced one shows there, and going through the modules takes longer.
+        self._places = [place for m in module.modules() for place in (m._parameters, m._buffers) if place]
         self.forget()
 
     def forget(self) -> None:
@@ -157,18 +158,17 @@ class StepGraph:
 
     def _watched(self) -> object:
         """What a captured step depends on beside the values of tensors and learning rates."""
-        return list(self._addresses()), [
-            sorted((key, _number(value)) for key, value in group.items() if key not in ("params", "lr"))
-            for group in _groups(self._optimizers)
-        ]
-
-    def _addresses(self) -> Iterator[tuple[int, bool]]:
-        for module in self._modules:
-            for tensors in (module._parameters, module._buffers):
-                yield from ((t.data_ptr(), t.requires_grad) for t in tensors.values() if t is not None)
-        for optimizer in self._optimizers:
-            for state in optimizer.state.values():
-                yield from ((t.data_ptr(), False) for t in state.values() if isinstance(t, Tensor))
+        tensors = [t for place in self._places for t in place.values() if t is not None]
+        states = [state for optimizer in self._optimizers for state in optimizer.state.values()]
+        return (
+            [t.data_ptr() for t in tensors],
+            [t.requires_grad for t in tensors],
+            [t.data_ptr() for state in states for t in state.values() if isinstance(t, Tensor)],
+            [
+                [(key, _number(value)) for key, value in group.items() if key not in ("params", "lr")]
+                for group in _groups(self._optimizers)
+            ],
+        )
 
 
 def make_step_graph(
