@@ -1,6 +1,8 @@
 """Compile the peers of a benchmark ahead of it, into the compiler's cache on disk, while nothing is timed.
 
-python bench/prewarm.py bench_detach_copy ["SIZE"]        (all its cases, or those of one size)
+    python bench/prewarm.py bench_detach_copy ["SIZE"]
+
+All its cases, or those of one size.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class DeviceClock(HostClock):
         order = self.order(count)
         torch.cuda.synchronize()
         if self._waits_for_device:
-            # Else the device waits for the first call, of which there are few: an autograd pass takes the host 100 us.
+            # Else the device waits for the host's first call, and where calls are long a round has one or two.
             torch.cuda._sleep(self.HEAD_START)
         self._start.record()
         begin = time.perf_counter()
