@@ -9,7 +9,7 @@
 #if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
 #include "cuda/ema_scale_update.h"
 #endif
-#include "table.h"
+#include "facts.h"
 
 namespace manpp {
 
@@ -20,7 +20,7 @@ namespace {
 class Handles {
  public:
   Handles() = default;
-  explicit Handles(StableIValue argument) {
+  explicit Handles(StableIValue argument) { // a list
     auto list = torch::stable::detail::to<StableListHandle>(argument);
     size_t size = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
@@ -37,6 +37,7 @@ class Handles {
       aoti_torch_delete_tensor_object(handle);
     }
   }
+  Handles(Handles&& other) noexcept : handles_(std::move(other.handles_)) {}
   Handles(const Handles&) = delete;
   Handles& operator=(const Handles&) = delete;
 
@@ -48,6 +49,19 @@ class Handles {
   }
   AtenTensorHandle operator[](size_t i) const {
     return handles_[i];
+  }
+  void push_back(AtenTensorHandle owned) {
+    handles_.push_back(owned);
+  }
+  // The list, to be returned; empties this.
+  StableIValue release() {
+    StableListHandle list = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(handles_.size(), &list));
+    for (AtenTensorHandle handle : handles_) {
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, torch::stable::detail::from(handle)));
+    }
+    handles_.clear();
+    return torch::stable::detail::from(list);
   }
   Tensor tensor(size_t i) const {
     AtenTensorHandle handle = nullptr;
@@ -67,74 +81,7 @@ struct Arguments {
   Handles bias = {};
   std::vector<int64_t> groups = {};
   double total = 0;
-  Handles out = {};
 };
-
-// What there is to know of a tensor, asked for once: each question is a call into libtorch.
-struct Facts {
-  void* address = nullptr;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-  int64_t dim = 0;
-  int32_t device_type = 0;
-  int32_t device_index = 0;
-  DType type = DType::f32;
-  bool known = false; // of one of the four dtypes
-  bool contiguous = false;
-
-  explicit Facts(AtenTensorHandle t) {
-    int32_t dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
-    known = find_dtype(dtype, &type);
-    if (!known) {
-      return;
-    }
-    int64_t* borrowed = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &address));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &borrowed));
-    sizes = borrowed;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t, &device_index));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t, &contiguous));
-    if (!contiguous) {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &borrowed));
-      strides = borrowed;
-    }
-  }
-
-  int64_t numel() const {
-    int64_t product = 1;
-    for (int64_t d = 0; d < dim; ++d) {
-      product *= sizes[d];
-    }
-    return product;
-  }
-
-  // Of the same shape, on the same device and with its elements in the same order.
-  bool matches(const Facts& other) const {
-    if (!known || device_type != other.device_type || device_index != other.device_index || dim != other.dim ||
-        contiguous != other.contiguous || !std::equal(sizes, sizes + dim, other.sizes)) {
-      return false;
-    }
-    for (int64_t d = 0; !contiguous && d < dim; ++d) {
-      if (sizes[d] > 1 && strides[d] != other.strides[d]) {
-        return false;
-      }
-    }
-    return true;
-  }
-};
-
-struct Span {
-  uintptr_t begin;
-  uintptr_t end;
-};
-
-Span span_of(const void* address, DType type, int64_t numel) {
-  uintptr_t begin = reinterpret_cast<uintptr_t>(address);
-  return {begin, begin + static_cast<uintptr_t>(numel * element_size(type))};
-}
 
 // Whether the spans that are written are disjoint from one another and from those that are read.
 bool disjoint(std::vector<Span> written, const std::vector<Span>& read) {
@@ -178,13 +125,12 @@ bool scale_fits(const Arguments& a, const Facts& first) {
       std::all_of(a.groups.begin(), a.groups.end(), [&](int64_t g) { return 0 <= g && g < entries; });
 }
 
-// The table of the launch; nothing where the arguments are out of the ordinary.
+// The table of the launch, without the results' addresses; nothing where the arguments are out of the ordinary.
 std::optional<std::vector<Entry>> ordinary(const Arguments& a) {
   size_t count = a.ema.size();
   bool weights = !a.bias.empty();
   if (count == 0 || a.params.size() != count || (weights && a.bias.size() != count) ||
-      a.out.size() != a.bias.size() || (!a.groups.empty() && a.groups.size() != count) ||
-      weights != a.scale.has_value()) {
+      (!a.groups.empty() && a.groups.size() != count) || weights != a.scale.has_value()) {
     return std::nullopt;
   }
   Facts first(a.ema[0]);
@@ -201,7 +147,7 @@ std::optional<std::vector<Entry>> ordinary(const Arguments& a) {
     Facts e(a.ema[i]);
     Facts p(a.params[i]);
     if (!e.known || e.device_type != first.device_type || e.device_index != first.device_index || !p.matches(e) ||
-        !(e.contiguous || is_dense(e.sizes, e.strides, e.dim))) {
+        !e.dense()) {
       return std::nullopt;
     }
     entry.numel = e.numel();
@@ -212,18 +158,15 @@ std::optional<std::vector<Entry>> ordinary(const Arguments& a) {
     entry.group = a.groups.empty() ? 0 : static_cast<int32_t>(a.groups[i]);
     if (weights) {
       Facts b(a.bias[i]);
-      Facts w(a.out[i]);
-      if (!b.matches(e) || !w.matches(e) || w.type != b.type) {
+      if (!b.matches(e)) {
         return std::nullopt;
       }
       entry.bias = b.address;
-      entry.out = w.address;
       entry.bias_type = b.type;
     }
     if (entry.numel > 0) {
       // No address: a storage that was freed, as sharded training does between uses.
-      if (entry.ema == nullptr || entry.param == nullptr ||
-          (weights && (entry.bias == nullptr || entry.out == nullptr))) {
+      if (entry.ema == nullptr || entry.param == nullptr || (weights && entry.bias == nullptr)) {
         return std::nullopt;
       }
       written.push_back(span_of(entry.ema, entry.ema_type, entry.numel));
@@ -251,34 +194,53 @@ bool on_gpu(const Arguments& a) {
 }
 #endif
 
-// Whether the update was done; false with nothing written where the arguments are out of the ordinary.
-bool update(const Arguments& a) {
-  std::optional<std::vector<Entry>> entries;
+std::optional<std::vector<Entry>> ordinary_entries(const Arguments& a) {
   try {
-    entries = ordinary(a);
+    return ordinary(a);
   } catch (const std::exception&) { // a tensor without strides or storage
+    return std::nullopt;
   }
-  if (!entries) {
-    return false;
+}
+
+// Results laid out like bias, whose addresses go into the table.
+Handles allocate(const Arguments& a, std::vector<Entry>& entries) {
+  Handles out;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    Facts b(a.bias[i]);
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        b.dim, b.sizes, b.strides, dtype_number(b.type), b.device_type, b.device_index, &handle));
+    out.push_back(handle);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &entries[i].out));
   }
+  return out;
+}
+
+void run(const Arguments& a, std::vector<Entry> entries) {
   Scalars scalars = make_scalars(a.momentum, std::nullopt, a.scale, a.total, std::nullopt);
 #if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
   if (on_gpu(a)) {
-    cuda::update_entries(*entries, !a.bias.empty(), a.ema.tensor(0), scalars);
-    return true;
+    cuda::update_entries(entries, !a.bias.empty(), a.ema.tensor(0), scalars);
+    return;
   }
 #endif
-  cpu::EmaLaunch(std::move(*entries)).run(scalars);
-  return true;
+  cpu::EmaLaunch(std::move(entries)).run(scalars);
 }
 
 // As TORCH_BOX would write them, but for the lists of tensors.
+
+// Whether the update was done; false with nothing written where the arguments are out of the ordinary.
 void ema_update_checked(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   Arguments arguments{Handles(stack[0]), Handles(stack[1]), to<double>(stack[2])};
-  stack[0] = torch::stable::detail::from(update(arguments));
+  std::optional<std::vector<Entry>> entries = ordinary_entries(arguments);
+  if (entries) {
+    run(arguments, std::move(*entries));
+  }
+  stack[0] = torch::stable::detail::from(entries.has_value());
 }
 
+// The effective weights; none, with nothing written, where the arguments are out of the ordinary.
 void ema_scale_update_checked(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   Arguments arguments{
@@ -288,9 +250,13 @@ void ema_scale_update_checked(StableIValue* stack, uint64_t, uint64_t) {
       to<Tensor>(stack[3]),
       Handles(stack[4]),
       to<std::vector<int64_t>>(stack[5]),
-      to<double>(stack[6]),
-      Handles(stack[7])};
-  stack[0] = torch::stable::detail::from(update(arguments));
+      to<double>(stack[6])};
+  std::optional<std::vector<Entry>> entries = ordinary_entries(arguments);
+  Handles out = entries ? allocate(arguments, *entries) : Handles();
+  if (entries) {
+    run(arguments, std::move(*entries));
+  }
+  stack[0] = out.release();
 }
 
 } // namespace

@@ -60,10 +60,10 @@ MixGradients mix_gradients(
 
 std::tuple<Tensor, Tensor, Tensor> MixGradients::results() {
   if (grad_a.get() != result_a.get()) {
-    torch::stable::copy_(result_a, grad_a);
+    copy(result_a, grad_a);
   }
   if (grad_b.get() != result_b.get()) {
-    torch::stable::copy_(result_b, grad_b);
+    copy(result_b, grad_b);
   }
   return {result_a, result_b, grad_scale};
 }

@@ -8,10 +8,20 @@ namespace manpp {
 
 using torch::headeronly::ScalarType;
 
-// By the shim's own numbers: asking a Tensor for its ScalarType takes six times as long, and shows at a thousand tensors.
-bool find_dtype(int32_t number, DType* type) {
+// In the order of DType.
+static const int32_t* dtype_numbers() {
   static const int32_t numbers[] = {
       aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
+  return numbers;
+}
+
+int32_t dtype_number(DType type) {
+  return dtype_numbers()[static_cast<int>(type)];
+}
+
+// By the shim's own numbers: asking a Tensor for its ScalarType takes six times as long, and shows at a thousand tensors.
+bool find_dtype(int32_t number, DType* type) {
+  const int32_t* numbers = dtype_numbers();
   for (int i = 0; i < 4; ++i) {
     if (numbers[i] == number) {
       *type = static_cast<DType>(i);
@@ -73,6 +83,10 @@ bool is_dense(const Tensor& t) {
   return t.is_contiguous() || is_dense(t.sizes().data(), t.strides().data(), t.dim());
 }
 
+void copy(Tensor& to, const Tensor& from) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
+}
+
 Tensor empty_with_layout(const Tensor& x, const Tensor& like) {
   using torch::stable::detail::from;
   std::optional<ScalarType> dtype = x.scalar_type();
@@ -93,14 +107,14 @@ Tensor matching(const Tensor& x, const Tensor& like) {
   if (same_layout(x, like)) {
     return x;
   }
-  Tensor copy = empty_with_layout(x, like);
-  torch::stable::copy_(copy, x);
-  return copy;
+  Tensor stand_in = empty_with_layout(x, like);
+  copy(stand_in, x);
+  return stand_in;
 }
 
 void Table::finish() {
   for (auto& [to, from] : copy_back) {
-    torch::stable::copy_(to, from);
+    copy(to, from);
   }
 }
 
@@ -114,14 +128,14 @@ const Tensor& operand(Table& table, const Tensor& x, const Tensor& layout, bool 
   if (same_layout(x, layout)) {
     return x;
   }
-  Tensor copy = empty_with_layout(x, layout);
+  Tensor stand_in = empty_with_layout(x, layout);
   if (read) {
-    torch::stable::copy_(copy, x);
+    copy(stand_in, x);
   }
   if (written) {
-    table.copy_back.emplace_back(x, copy);
+    table.copy_back.emplace_back(x, stand_in);
   }
-  table.keep_alive.push_back(copy);
+  table.keep_alive.push_back(stand_in);
   return table.keep_alive.back();
 }
 
@@ -283,9 +297,11 @@ std::optional<ChannelLayout> channel_layout(const Tensor& x, const Tensor& scale
   return std::nullopt;
 }
 
-static bool is_narrow_float(const Tensor& t) {
-  ScalarType type = t.scalar_type();
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+// Whether t is float32, bfloat16 or float16, and which.
+static bool is_narrow_float(const Tensor& t, DType* type) {
+  int32_t number = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  return find_dtype(number, type) && *type != DType::f64;
 }
 
 // Channels innermost, and the other dimensions in the order of their numbers: not every tensor whose channels lie side by
@@ -309,11 +325,13 @@ static bool is_channels_last(const Tensor& t) {
 
 CopyKind classify_copy(const Tensor& x, const Tensor& out) {
   CopyKind kind;
-  if (!is_narrow_float(x) || !is_narrow_float(out) || x.numel() == 0) {
+  DType from = DType::f32;
+  DType to = DType::f32;
+  if (!is_narrow_float(x, &from) || !is_narrow_float(out, &to) || x.numel() == 0) {
     return kind;
   }
   if (same_layout(x, out)) {
-    if (is_dense(x) && x.scalar_type() != out.scalar_type()) {
+    if (is_dense(x) && from != to) {
       kind.how = CopyKind::Cast;
     }
     return kind;

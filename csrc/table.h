@@ -23,11 +23,15 @@ using torch::stable::Tensor;
 DType dtype_of(const Tensor& t);
 // The same for a dtype as the C shim numbers it; false where it is none of the four.
 bool find_dtype(int32_t number, DType* type);
+int32_t dtype_number(DType type);
 bool same_layout(const Tensor& a, const Tensor& b);
 
 // Whether the elements of t fill one stretch of memory, in whatever order.
 bool is_dense(const Tensor& t);
 bool is_dense(const int64_t* sizes, const int64_t* strides, int64_t dim);
+
+// to.copy_(from), without a look at the dispatcher's list of operators by name, which takes longer than a small copy.
+void copy(Tensor& to, const Tensor& from);
 
 // A new tensor of x's dtype on x's device, with the sizes and strides of `like`.
 Tensor empty_with_layout(const Tensor& x, const Tensor& like);

@@ -11,10 +11,11 @@ Each operator also has the overloads ``.eager`` and ``.triton``, with the same s
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from manpp_kernels import backends
 
@@ -54,3 +55,34 @@ class Operator:
     def overloads(self) -> list[torch._ops.OpOverload]:
         """Every overload, for registering one autograd formula on all of them."""
         return list(dict.fromkeys(self._by_backend.values()))
+
+
+def checked_operator(name: str, signature: str) -> Callable[..., Any]:
+    """An operator of the compiled library alone, which checks its arguments itself, for calls outside any graph.
+
+    In Python the checks of an operator take longer than its work on small tensors. What is not plain, or wrong, is left
+    to the public function, which has to see to it that :func:`compiled_serves`.
+    """
+    library.define(f"{name}{signature}")
+    # Past autograd: a write in place would ask its leave, and a detached alias of every tensor takes longer than that.
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    overload: torch._ops.OpOverload = getattr(torch.ops.manpp_kernels, name).default
+    return overload
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhere
+_COMPILED = ("cpu", "cuda")
+_modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
+def compiled_serves(first: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
+    """Whether a compiled backend may have these tensors as they are: no mode, transform or subclass wants a say.
+
+    False where ``first``, whose device counts, is empty.
+    """
+    if _modes() or _transform() is not None or not _PLAIN.issuperset(map(type, first)):
+        return False
+    for tensors in others:
+        if not _PLAIN.issuperset(map(type, tensors)):
+            return False
+    return len(first) > 0 and backends.selected(first[0].device) in _COMPILED

@@ -20,9 +20,6 @@ library.define(
     "_plan_create(Tensor[] ema, Tensor[] params, Tensor[] bias, int[] groups, float total, Tensor[] out) -> int"
 )
 
-# The numbers by which the compiled library knows the dtypes of a momentum and a scale in device memory.
-_DTYPE_NUMBER = {dtype: number for number, dtype in enumerate(_checks.EMA_DTYPES)}
-
 
 @dataclasses.dataclass(frozen=True)
 class _Lists:
@@ -60,9 +57,9 @@ class _CompiledLaunch:
         return self._plan.update_with(
             0.0 if isinstance(momentum, Tensor) else float(momentum),
             0 if tensor is None else tensor.data_ptr(),
-            0 if tensor is None else _DTYPE_NUMBER[tensor.dtype],
+            0 if tensor is None else _checks.DTYPE_NUMBERS[tensor.dtype],
             0 if scale is None else scale.data_ptr(),
-            0 if scale is None else _DTYPE_NUMBER[scale.dtype],
+            0 if scale is None else _checks.DTYPE_NUMBERS[scale.dtype],
             0 if seed is None else seed.data_ptr(),
         )
 
@@ -191,7 +188,7 @@ class EmaPlan:
             self.weights = [torch.empty_like(b, requires_grad=False) for b in self.bias]
         self._seed = torch.empty((), dtype=torch.int64, device=self.device) if self.rounding == "stochastic" else None
         self._requires_grad = any(e.requires_grad for e in self.ema)
-        self._written = self.ema + (self.weights or [])
+        self._written, self._asked = self.ema + (self.weights or []), self.ema + (self.bias or [])
         self._launch: _Launch | None = None  # built at the first update, for the backend in force by then
         self._update_alone: Any = None  # the launch's short way, where an update is a momentum and nothing else
 
@@ -245,7 +242,7 @@ class EmaPlan:
         return (
             isinstance(scale, Tensor)
             and self.bias is not None
-            and scale.dtype in _DTYPE_NUMBER
+            and scale.dtype in _checks.DTYPE_NUMBERS
             and scale.layout == torch.strided
             and scale.device == self.device
             and scale.dim() <= 1
@@ -262,7 +259,11 @@ class EmaPlan:
             _checks.check_scale(scale, self.bias, self.groups, self.total, len(self.ema))
             if scale is not None and scale.device != self.device:
                 raise ValueError(f"scale is on {scale.device}, ema on {self.device}")
-        _checks.check_writable(self.ema)
+        # One question for all tensors, which may come to require grad at any time: put one by one, it would take as
+        # long as the launch.
+        grad = torch.is_grad_enabled() and torch._C._any_requires_grad(self._asked, scale)
+        if grad:
+            _checks.check_writable(self.ema)
         launch = self._launch
         if launch is None or isinstance(launch, _OperatorLaunch) or backends.override(self.device) != self._backend:
             # Also for the operator, each time: it is called on tensors that may have changed meanwhile.
@@ -281,8 +282,8 @@ class EmaPlan:
             self._build()
             return self._update(momentum, scale)
         torch.autograd.graph.increment_version(self._written)
-        if self.weights is None or self.bias is None or scale is None:
-            return None
+        if not grad or self.weights is None or self.bias is None or scale is None:
+            return self.weights
         return op.attach_effective_weights(self.weights, scale, self.bias, self.ema, self.groups or [], self.total)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmaPlan:

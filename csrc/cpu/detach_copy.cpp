@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../detach_copy.h"
 #include "../table.h"
 #include "blocks.h"
 #include "memory.h"
@@ -248,7 +249,7 @@ void detach_copy(Tensor x, Tensor out) {
   }
   CopyKind kind = classify_copy(x, out);
   if (kind.how != CopyKind::Transpose) {
-    torch::stable::copy_(out, x); // PyTorch's own is at the speed of the memory, but for transpositions
+    copy(out, x); // PyTorch's own is at the speed of the memory, but for transpositions
     return;
   }
   Copy c{dtype_of(x), dtype_of(out), x.data_ptr(), out.data_ptr(), false};

@@ -157,11 +157,21 @@ void update_range(
   }
 }
 
+// How many chunks are worth a thread: of small tensors more, though to find a chunk's tensor counts for some elements, too.
+int64_t grain_of(const std::vector<Entry>& entries, int64_t chunks) {
+  constexpr int64_t finding = 16;
+  int64_t elements = 0;
+  for (const Entry& t : entries) {
+    elements += t.numel;
+  }
+  return kGrain / std::max<int64_t>(1, std::min(kChunk, elements / std::max<int64_t>(1, chunks) + finding));
+}
+
 // Calls body(tensor, begin, end) for every stretch of elements, spread over libtorch's threads.
 template <class Body>
 void for_each_range(const std::vector<Entry>& entries, const std::vector<int64_t>& ends, const Body& body) {
   int64_t chunks = ends.empty() ? 0 : ends.back();
-  torch::stable::parallel_for(0, chunks, kGrain / kChunk, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, chunks, grain_of(entries, chunks), [&](int64_t first, int64_t last) {
     int tensor = locate(ends.data(), static_cast<int>(ends.size()), first);
     for (int64_t chunk = first; chunk < last; ++tensor) {
       int64_t start = tensor == 0 ? 0 : ends[tensor - 1];

@@ -247,7 +247,7 @@ Tensor scale_bias_mix(Tensor lb_out, Tensor ema_out, Tensor scale, double total)
     mix_rows<T>(rows, in.a.data_ptr(), in.b.data_ptr(), result.data_ptr(), scales);
   });
   if (result.get() != out.get()) {
-    torch::stable::copy_(out, result);
+    copy(out, result);
   }
   return out;
 }

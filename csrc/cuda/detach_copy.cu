@@ -1,4 +1,5 @@
 // detach_copy on the GPU: cast and change of memory format in one pass.
+#include "../detach_copy.h"
 #include "common.cuh"
 
 namespace manpp::cuda {
@@ -217,7 +218,7 @@ void launch_transpose(const Tensor& x, Tensor& y, const Transposition& t, cudaSt
 void detach_copy(Tensor x, Tensor out) {
   CopyKind kind = classify_copy(x, out);
   if (kind.how == CopyKind::Other) {
-    torch::stable::copy_(out, x);
+    copy(out, x);
     return;
   }
   DeviceGuard guard(x.get_device_index());

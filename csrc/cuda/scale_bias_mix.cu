@@ -141,7 +141,7 @@ Tensor scale_bias_mix(Tensor lb_out, Tensor ema_out, Tensor scale, double total)
     });
   }
   if (result.get() != out.get()) {
-    torch::stable::copy_(out, result);
+    copy(out, result);
   }
   return out;
 }

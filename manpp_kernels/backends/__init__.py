@@ -13,6 +13,7 @@ backend     runs on                                        what it is
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -100,17 +101,16 @@ _environment: str | None = None
 _environment_checked = False
 
 
-def _asked_for() -> str | None:
-    """What use_backend chose, else what MANPP_BACKEND says."""
+def _from_environment() -> str | None:
+    """What MANPP_BACKEND says.
+
+    Read at the first operator call rather than at import, so that a wrong value is an error where it matters and
+    ``manpp doctor`` can still start and explain it.
+    """
     global _environment, _environment_checked
-    if _override is not None:
-        return _override
-    # Read at the first operator call rather than at import, so that a wrong value is an error where it matters and
-    # `manpp doctor` can still start and explain it.
-    if not _environment_checked:
-        asked = os.environ.get("MANPP_BACKEND", "")
-        _environment = _checked(asked, "MANPP_BACKEND") if asked else None
-        _environment_checked = True
+    asked = os.environ.get("MANPP_BACKEND", "")
+    _environment = _checked(asked, "MANPP_BACKEND") if asked else None
+    _environment_checked = True
     return _environment
 
 
@@ -138,7 +138,11 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def override(device: torch.device) -> str | None:
     """The backend asked for, checked against ``device``; None to let the dispatcher pick by device."""
-    asked = _asked_for()
+    asked = _override
+    if asked is None:
+        asked = _environment if _environment_checked else _from_environment()
+        if asked is None:
+            return None
     if asked in ("cpu", "cuda") and device.type != asked:
         raise RuntimeError(f"backend {asked!r} was asked for, and the tensors are on {device}")
     if asked == "triton" and device.type == "cpu" and not triton_interpreted():
@@ -146,16 +150,18 @@ def override(device: torch.device) -> str | None:
     return asked
 
 
-def selected(device: torch.device) -> str:
-    """The name of the backend that an operator called now on ``device`` runs on."""
-    asked = override(device)
-    if asked is not None:
-        return asked
+@functools.cache  # device.type makes a string at every use
+def _default(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu" if CPU_COMPILED else "eager"
     if device.type == "cuda":
         return "cuda" if CUDA_COMPILED else "triton" if TRITON_INSTALLED else "eager"
     return "eager"
+
+
+def selected(device: torch.device) -> str:
+    """The name of the backend that an operator called now on ``device`` runs on."""
+    return override(device) or _default(device)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -14,10 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 ROUNDINGS = ("nearest", "stochastic")
 EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# By which the compiled library knows them (DType in csrc/multi_tensor.h).
+DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(EMA_DTYPES)}
 
 
 def as_list(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """A tensor alone, or any iterable of tensors, as a list."""
+    if type(tensors) is list:  # the usual case; asking what else it might be takes as long as a small update
+        return tensors.copy()
     if isinstance(tensors, Tensor):
         return [tensors]
     if not isinstance(tensors, Iterable):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manpp_kernels._library import Operator
+from manpp_kernels._library import Operator, checked_operator, compiled_serves
 from manpp_kernels.backends import eager
 from manpp_kernels.ops import _checks
 
@@ -15,6 +15,9 @@ def _fake(x: Tensor, out: Tensor) -> None:
 
 
 _copy = Operator("detach_copy", "(Tensor x, Tensor(a!) out) -> ()", fake=_fake, eager=eager.detach_copy)
+
+# The compiled operator with the checks of the common case; False, with nothing written, where a case is not common.
+_copy_checked = checked_operator("_detach_copy_checked", "(Tensor x, Tensor(a!) out) -> bool")
 
 
 def detach_copy(
@@ -44,6 +47,9 @@ def detach_copy(
             ``x`` has not the dimensions that ``memory_format`` needs.
         RuntimeError: ``out`` requires grad.
     """
+    compiling = torch.compiler.is_compiling()
+    if out is not None and dtype is None and memory_format is None and not compiling and _common_case(x, out):
+        return out
     check_tensor("x", x)
     check_options(x, dtype, memory_format)
     x = x.detach()
@@ -55,9 +61,22 @@ def detach_copy(
         return new
     _check_out(x, out, dtype, memory_format)
     _copy(x.device, x, out)
-    if not torch.compiler.is_compiling():
+    if not compiling:
         torch.autograd.graph.increment_version(out)
     return out
+
+
+def _common_case(x: Tensor, out: Tensor) -> bool:
+    """Makes the copy where a compiled backend can, checking as it goes; False, with nothing written, elsewhere."""
+    if not compiled_serves((x, out)) or (out.requires_grad and torch.is_grad_enabled()):
+        return False
+    try:
+        done: bool = _copy_checked(x.detach() if x.requires_grad else x, out)
+    except NotImplementedError:  # sparse tensors
+        return False
+    if done:
+        torch.autograd.graph.increment_version(out)
+    return done
 
 
 # How many dimensions a tensor has to have to be laid out so; the other formats take any.
@@ -99,17 +118,5 @@ def _check_out(x: Tensor, out: Tensor, dtype: torch.dtype | None, memory_format:
         raise ValueError(f"out is on {out.device}, x on {x.device}")
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("out requires grad: a copy into it would not be isolated; pass out.detach()")
-    if not torch.compiler.is_compiling() and not _clearly_apart(x, out):
+    if not torch.compiler.is_compiling():
         _checks.check_no_overlap([("out", 0, out)], [("x", 0, x)])
-
-
-def _clearly_apart(x: Tensor, out: Tensor) -> bool:
-    """Whether two plain tensors fill stretches of memory that do not meet: the usual case, told in a microsecond."""
-    if type(x) is not Tensor or type(out) is not Tensor or not (_fills(x) and _fills(out)):
-        return False
-    a, b = x.data_ptr(), out.data_ptr()
-    return a != 0 and b != 0 and (a + x.nbytes <= b or b + out.nbytes <= a)
-
-
-def _fills(t: Tensor) -> bool:
-    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manpp_kernels import backends
-from manpp_kernels._library import Operator, library
+from manpp_kernels._library import Operator, checked_operator, compiled_serves
 from manpp_kernels.backends import eager
 from manpp_kernels.ops import _checks
 
@@ -37,15 +37,15 @@ _update_backward = Operator(
     eager=eager.ema_scale_update_backward,
 )
 
-# The compiled operator with the checks of the common case; False, with nothing written, where a case is not common. The
-# update alone has its own, as an argument that is passed costs a quarter of a microsecond.
-library.define("_ema_update_checked(Tensor(a!)[] ema, Tensor[] params, float momentum) -> bool")
-library.define(
-    "_ema_scale_update_checked(Tensor(a!)[] ema, Tensor[] params, float momentum, Tensor scale, Tensor[] bias,"
-    " int[] groups, float total, Tensor(b!)[] out) -> bool"
+# The compiled operator with the checks of the common case. Where a case is not common nothing is written, and the
+# answer is False, or no effective weights. The update alone has its own, as an argument that is passed costs a quarter
+# of a microsecond.
+_update_checked = checked_operator("_ema_update_checked", "(Tensor(a!)[] ema, Tensor[] params, float momentum) -> bool")
+_scale_update_checked = checked_operator(
+    "_ema_scale_update_checked",
+    "(Tensor(a!)[] ema, Tensor[] params, float momentum, Tensor scale, Tensor[] bias, int[] groups, float total)"
+    " -> Tensor[]",
 )
-_update_checked = torch.ops.manpp_kernels._ema_update_checked.default
-_scale_update_checked = torch.ops.manpp_kernels._ema_scale_update_checked.default
 
 
 class _EffectiveWeights(torch.autograd.Function):
@@ -234,22 +234,6 @@ def ema_scale_update(
     return _finish(ema, scale, biases, groups, total, out)
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhere
-
-
-def _compiled_serves(ema: Sequence[Tensor], params: Sequence[Tensor], bias: Sequence[Tensor] | None) -> bool:
-    """Whether a compiled backend may have these tensors as they are: no mode, transform or subclass wants a say."""
-    return (
-        bool(ema)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and _PLAIN.issuperset(map(type, ema))
-        and _PLAIN.issuperset(map(type, params))
-        and (bias is None or _PLAIN.issuperset(map(type, bias)))
-        and backends.selected(ema[0].device) in ("cpu", "cuda")
-    )
-
-
 def _common_case(
     ema: list[Tensor],
     params: list[Tensor],
@@ -270,28 +254,24 @@ def _common_case(
         or not math.isfinite(total)
         or (scale is None) != (bias is None)
         or (scale is None and groups is not None)
-        or not _compiled_serves(ema, params, bias)
+        or not compiled_serves(ema, params, bias or (), () if scale is None else (scale,))
         or (torch.is_grad_enabled() and any(e.requires_grad for e in ema))
     ):
         return False, None
     if scale is None or bias is None:
         return _update_alone(ema, params, momentum), None
-    if type(scale) not in _PLAIN or not {int}.issuperset(map(type, groups or ())):
+    if not {int}.issuperset(map(type, groups or ())):
         return False, None
     try:
-        with torch._C._AutoDispatchBelowAutograd():
-            out = list(map(torch.empty_like, bias))
-            scale_ = scale.contiguous()
-            return _scale_update_checked(ema, params, momentum, scale_, bias, list(groups or ()), total, out), out
+        out = _scale_update_checked(ema, params, momentum, scale.detach().contiguous(), bias, list(groups or ()), total)
     except NotImplementedError:  # sparse tensors
         return False, None
+    return bool(out), out
 
 
 def _update_alone(ema: Sequence[Tensor], params: Sequence[Tensor], momentum: float) -> bool:
     try:
-        # Below autograd, where an in-place write needs neither its leave nor a detached alias of every tensor.
-        with torch._C._AutoDispatchBelowAutograd():
-            return _update_checked(ema, params, momentum)
+        return _update_checked(ema, params, momentum)
     except NotImplementedError:  # sparse tensors
         return False
 
@@ -301,7 +281,7 @@ def update_common_case(ema: Sequence[Tensor], params: Sequence[Tensor], momentum
 
     False, with nothing written, elsewhere.
     """
-    if torch.compiler.is_compiling() or not _compiled_serves(ema, params, None):
+    if torch.compiler.is_compiling() or not compiled_serves(ema, params):
         return False
     done = _update_alone(ema, params, momentum)
     if done:
