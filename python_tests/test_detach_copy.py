@@ -81,6 +81,15 @@ def test_transpositions_of_every_pair_of_dtypes_and_alignment(target: Target, sh
             assert count(memory[offset + x.numel() :], 7.0) == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_change_of_layout_alone_keeps_every_bit(target: Target, dtype: torch.dtype) -> None:
+    """Also those of NaNs, which a conversion to float and back would lose."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32, device=target.device).to(torch.int16).view(2, 64, 16, 32)
+    for start, end in itertools.permutations([torch.contiguous_format, torch.channels_last]):
+        y = detach_copy(bits.view(dtype).contiguous(memory_format=start), memory_format=end)
+        assert torch.equal(y.contiguous().view(torch.int16), bits)
+
+
 @pytest.mark.parametrize("result", [torch.float32, torch.bfloat16], ids=str)
 def test_results_larger_than_the_caches(result: torch.dtype) -> None:
     """Streamed past the caches, into fresh memory and to an odd address."""

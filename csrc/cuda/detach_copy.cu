@@ -48,6 +48,24 @@ struct Tiles {
   int log_height;
 };
 
+// An element of 2 bytes that is moved and not converted: as it is, so that a NaN keeps its bits.
+struct Bits {
+  uint16_t bits;
+
+  Bits() = default;
+  __device__ __forceinline__ explicit Bits(float x) {
+    uint32_t word;
+    memcpy(&word, &x, sizeof word);
+    bits = static_cast<uint16_t>(word);
+  }
+  __device__ __forceinline__ explicit operator float() const {
+    uint32_t word = bits;
+    float x;
+    memcpy(&x, &word, sizeof x);
+    return x;
+  }
+};
+
 // Elements of 2 bytes go in pairs where sizes allow: one by one, they are too many instructions to keep up with memory.
 template <class T>
 constexpr int kPair = 4 / static_cast<int>(sizeof(T));
@@ -228,7 +246,9 @@ void detach_copy(Tensor x, Tensor out) {
       using From = std::remove_pointer_t<decltype(from)>;
       using To = std::remove_pointer_t<decltype(to)>;
       if (kind.how == CopyKind::Transpose) {
-        launch_transpose<From, To>(x, out, kind.transposition, stream);
+        constexpr bool moved = sizeof(From) == 2 && std::is_same_v<From, To>;
+        launch_transpose<std::conditional_t<moved, Bits, From>, std::conditional_t<moved, Bits, To>>(
+            x, out, kind.transposition, stream);
       } else if constexpr (!std::is_same_v<From, To>) {
         launch_cast<From, To>(x, out, stream);
       }

@@ -2,7 +2,6 @@
 
 # A kernel's arguments have no Python types, and an `if` over a constant stands alone, to be decided early.
 # mypy: allow-untyped-defs
-# ruff: noqa: SIM108
 
 from __future__ import annotations
 
@@ -27,7 +26,9 @@ TRANSPOSE_WARPS = 8
 
 @triton.jit
 def _cast(x, DTYPE: tl.constexpr):
-    if x.dtype == tl.float64:
+    if x.dtype == DTYPE:  # as it is: a NaN keeps its bits
+        y = x
+    elif x.dtype == tl.float64:
         y = narrow(x, DTYPE)
     else:
         y = narrow(widen(x, tl.float32), DTYPE)
