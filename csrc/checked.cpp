@@ -176,6 +176,10 @@ std::optional<std::vector<Entry>> ordinary(const Arguments& a) {
       }
     }
   }
+  if (weights) {
+    Facts scale(a.scale->get());
+    read.push_back(span_of(scale.address, scale.type, scale.numel()));
+  }
   if (!disjoint(std::move(written), read)) {
     return std::nullopt;
   }

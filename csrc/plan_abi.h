@@ -15,7 +15,7 @@ struct ManppPlanArguments {
 
 enum ManppPlanStatus : int32_t {
   kManppDone = 0,
-  kManppMoved = 1, // a tensor is not where the plan was built for; nothing was written
+  kManppMoved = 1, // a tensor is not where the plan was built for, or an EMA holds scale or momentum; nothing was written
   kManppFailed = 2, // manpp_plan_error() says why
 };
 

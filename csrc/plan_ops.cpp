@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "cpu/ema_scale_update.h"
+#include "facts.h"
 #include "plan_abi.h"
-#include "table.h"
 #ifdef MANPP_WITH_CUDA
 #include "cuda/ema_scale_update.h"
 #endif
@@ -23,6 +23,7 @@ struct Watched {
   Tensor tensor;
   const void* address;
   int64_t numel;
+  int64_t size; // of an element
   int32_t dtype;
   bool contiguous;
   // Sizes, then strides: .data may come to be another view of the same memory. Empty for a contiguous tensor, whose
@@ -30,7 +31,8 @@ struct Watched {
   std::vector<int64_t> layout;
 
   explicit Watched(const Tensor& t)
-      : tensor(t), address(t.data_ptr()), numel(t.numel()), dtype(type_of(t)), contiguous(t.is_contiguous()) {
+      : tensor(t), address(t.data_ptr()), numel(t.numel()), size(element_size(dtype_of(t))), dtype(type_of(t)),
+        contiguous(t.is_contiguous()) {
     if (!contiguous) {
       layout.insert(layout.end(), t.sizes().begin(), t.sizes().end());
       layout.insert(layout.end(), t.strides().begin(), t.strides().end());
@@ -58,7 +60,9 @@ struct Watched {
 };
 
 struct Plan {
-  std::vector<Watched> watched;
+  std::vector<Watched> watched; // the EMAs first
+  size_t averaged = 0; // how many those are
+  int64_t groups = 1;
   double total;
   std::unique_ptr<cpu::EmaLaunch> on_cpu;
 #ifdef MANPP_WITH_CUDA
@@ -68,6 +72,22 @@ struct Plan {
   bool moved() const {
     for (const Watched& w : watched) {
       if (w.moved()) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // Whether some of `count` numbers in device memory are in an EMA, which would change under them.
+  bool holds(const void* numbers, DType type, int64_t count) const {
+    if (numbers == nullptr) {
+      return false;
+    }
+    Span read = span_of(numbers, type, count);
+    for (size_t i = 0; i < averaged; ++i) {
+      const Watched& w = watched[i];
+      uintptr_t begin = reinterpret_cast<uintptr_t>(w.address);
+      if (read.begin < begin + static_cast<uintptr_t>(w.numel * w.size) && begin < read.end) {
         return true;
       }
     }
@@ -99,6 +119,8 @@ int64_t plan_create(
     std::vector<Tensor> out) {
   auto plan = std::make_unique<Plan>();
   plan->total = total;
+  plan->averaged = ema.size();
+  plan->groups = groups.empty() ? 1 : *std::max_element(groups.begin(), groups.end()) + 1;
   Table table = build_table(ema, params, bias, groups, out);
   if (!table.in_place()) {
     return 0;
@@ -122,7 +144,10 @@ int64_t plan_create(
 MANPP_EXPORT int32_t manpp_plan_update(void* address, const ManppPlanArguments* arguments) {
   try {
     const Plan& plan = *static_cast<const Plan*>(address);
-    if (plan.moved()) {
+    auto momentum_type = static_cast<DType>(arguments->momentum_type);
+    auto scale_type = static_cast<DType>(arguments->scale_type);
+    if (plan.moved() || plan.holds(arguments->momentum_tensor, momentum_type, 1) ||
+        plan.holds(arguments->scale, scale_type, plan.groups)) {
       return kManppMoved;
     }
     Scalars scalars;
@@ -130,9 +155,9 @@ MANPP_EXPORT int32_t manpp_plan_update(void* address, const ManppPlanArguments* 
     scalars.take = 1.0 - arguments->momentum;
     scalars.total = plan.total;
     scalars.momentum = arguments->momentum_tensor;
-    scalars.momentum_type = static_cast<DType>(arguments->momentum_type);
+    scalars.momentum_type = momentum_type;
     scalars.scale = arguments->scale;
-    scalars.scale_type = static_cast<DType>(arguments->scale_type);
+    scalars.scale_type = scale_type;
     scalars.seed = arguments->seed;
     plan.run(scalars);
     return kManppDone;

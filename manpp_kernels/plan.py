@@ -78,8 +78,12 @@ class _TritonLaunch:
     def _look(self) -> list[Any]:
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]
 
+    def _holds(self, t: float | Tensor | None) -> bool:
+        """Whether an EMA holds ``t`` in its memory, and would change it."""
+        return isinstance(t, Tensor) and any(_checks.share_memory(e, t) for e in self._lists.ema)
+
     def run(self, momentum: float | Tensor, scale: Tensor | None, seed: Tensor | None) -> bool:
-        if self._look() != self._seen:
+        if self._look() != self._seen or self._holds(momentum) or self._holds(scale):
             return False
         from manpp_kernels.backends.triton.ema_scale_update import build_table, launch
 
@@ -143,6 +147,7 @@ class EmaPlan:
     Attributes:
         weights: the effective weights, None without ``bias``. They stand at fixed addresses: every update overwrites
             them, so a graph that uses them has to have run its backward pass by then (autograd checks that it has).
+            A CUDA graph writes them at every replay: keep them, or the plan, for as long as it is replayed.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`manpp_kernels.ema_scale_update`, and ValueError for
@@ -168,17 +173,24 @@ class EmaPlan:
         self.weights: list[Tensor] | None = None
         self._build()
 
-    def _build(self) -> None:
+    def _build(self, momentum: float | Tensor = 0.0, scale: Tensor | None = None) -> None:
         """Checks the tensors as they are now, and forgets what was prepared for where they were."""
-        scale = None
         # How many entries scale has shows at every update, and is compared with this.
         self._entries = max(1, 1 + max((g for g in self.groups or () if isinstance(g, int)), default=0))
-        if self.bias is not None:
+        if self.bias is not None and scale is None:
             on = self.ema[0].device if self.ema and isinstance(self.ema[0], Tensor) else None
             scale = torch.empty(self._entries, device=on)
         with torch.no_grad():  # whether ema may be written is asked at every update
             op.check_arguments(
-                self.ema, self.params, 0.0, scale, self.bias, self.groups, self.total, self.rounding, self.generator
+                self.ema,
+                self.params,
+                momentum,
+                scale,
+                self.bias,
+                self.groups,
+                self.total,
+                self.rounding,
+                self.generator,
             )
         devices = {e.device for e in self.ema}
         if len(devices) > 1:
@@ -267,7 +279,7 @@ class EmaPlan:
         launch = self._launch
         if launch is None or isinstance(launch, _OperatorLaunch) or backends.override(self.device) != self._backend:
             # Also for the operator, each time: it is called on tensors that may have changed meanwhile.
-            self._build()
+            self._build(momentum, scale)
             launch = self._prepare()
         if self._seed is not None:
             if backends.is_capturing(self.device):
@@ -278,8 +290,8 @@ class EmaPlan:
             None if scale is None else scale.detach().contiguous(),
             self._seed,
         )
-        if not ran:  # a tensor has moved, perhaps to another device: all over again
-            self._build()
+        if not ran:  # a tensor has moved, perhaps to another device, or is in the way of another: all over again
+            self._build(momentum, scale)
             return self._update(momentum, scale)
         torch.autograd.graph.increment_version(self._written)
         if not grad or self.weights is None or self.bias is None or scale is None:

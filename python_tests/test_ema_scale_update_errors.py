@@ -95,6 +95,14 @@ def _column_crosses_row(a: Arguments) -> None:
     a["ema"] = [base[2, :3], base[:, 1:3].T]
 
 
+def _scale_is_in_ema(a: Arguments) -> None:
+    a["scale"] = a["ema"][0][1:]
+
+
+def _momentum_is_in_ema(a: Arguments) -> None:
+    a["momentum"] = a["ema"][1][0, 3]
+
+
 SPARSE = torch.eye(2, 4).to_sparse()
 CASES: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
     "ema is no tensor": (replaced("ema", None), TypeError, r"ema .*NoneType"),
@@ -183,6 +191,8 @@ CASES: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
     "ema is params": (aliased("ema", 1, "params", 1), ValueError, r"ema\[1\] overlaps params\[1\]"),
     "ema is the params of another pair": (_ema_is_params_elsewhere, ValueError, r"ema\[1\] overlaps params\[0\]"),
     "ema is bias": (aliased("ema", 0, "bias", 0), ValueError, r"ema\[0\] overlaps bias\[0\]"),
+    "ema holds scale": (_scale_is_in_ema, ValueError, r"ema\[0\] overlaps scale in memory"),
+    "ema holds momentum": (_momentum_is_in_ema, ValueError, r"ema\[1\] overlaps momentum in memory"),
     "ema views overlap": (_overlapping_views, ValueError, r"ema\[[01]\] overlaps ema\[[01]\]"),
     "ema and params views overlap": (_overlapping_params, ValueError, r"ema\[1\] overlaps params\[1\]"),
     "overlap across dtypes": (_overlapping_by_one_byte_of_another_dtype, ValueError, r"ema\[0\] overlaps params\[0\]"),

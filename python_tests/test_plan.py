@@ -219,6 +219,20 @@ def test_a_shape_that_no_longer_fits_is_an_error(target: Target) -> None:
     assert ema.tolist() == [0.5] * 6, "and the plan works again once it does"
 
 
+def test_scale_and_momentum_in_an_ema(target: Target) -> None:
+    """Which the update would change under them; noticed when they come, also after updates with others."""
+    ema, params, bias = torch.ones(3, 8, device=target.device).unbind()
+    plan = EmaPlan(ema, params, bias=bias)
+    scale, momentum = torch.ones((), device=target.device), torch.full((), 0.5, device=target.device)
+    for _ in range(2):
+        plan.update(momentum, scale)
+        with pytest.raises(ValueError, match=r"ema\[0\] overlaps scale in memory"):
+            plan.update(momentum, ema[3])
+        with pytest.raises(ValueError, match=r"ema\[0\] overlaps momentum in memory"):
+            plan.update(ema[7], scale)
+    assert ema.tolist() == [1.0] * 8
+
+
 def test_storage_that_came_to_overlap_is_an_error(target: Target) -> None:
     ema, params = torch.ones(6, device=target.device), torch.zeros(6, device=target.device)
     plan = EmaPlan(ema, params)

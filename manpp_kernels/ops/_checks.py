@@ -126,7 +126,7 @@ def check_writable(ema: Sequence[Tensor]) -> None:
                 )
 
 
-Named = tuple[str, int, Tensor]
+Named = tuple[str, int | None, Tensor]  # the index of one in a list
 
 
 class OverlapError(ValueError):
@@ -159,43 +159,50 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return bool((_bytes_of(a, start, end) & _bytes_of(b, start, end)).any())
 
 
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share a byte."""
+    meet = a.data_ptr() < b.data_ptr() + _extent(b) and b.data_ptr() < a.data_ptr() + _extent(a)
+    return meet and _overlap(a, b)
+
+
 def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
     """No written tensor shares memory with another written one, with itself, or with one that is read.
 
     Of tensors whose storage was freed there is nothing to compare: they are an error, too.
     """
-    spans = []
+    spans: list[tuple[int, int, bool, str, Tensor]] = []
     for is_written, named in ((True, written), (False, read)):
-        for name, i, t in named:
+        for argument, i, t in named:
+            name = _label(argument, i)
             # Meta and fake tensors have no memory; what traces with them checks the real ones where it runs.
             if t.numel() and not t.is_meta and not isinstance(t, FakeTensor):
                 if is_written and not t.is_contiguous():
-                    _check_no_internal_overlap(name, i, t)
+                    _check_no_internal_overlap(name, t)
                 start = t.data_ptr()
                 if start == 0 and hasattr(t, "to_local"):
-                    raise TypeError(f"{name}[{i}] is a {type(t).__name__}, sharded over ranks; pass its to_local()")
+                    raise TypeError(f"{name} is a {type(t).__name__}, sharded over ranks; pass its to_local()")
                 if start == 0:
-                    raise ValueError(f"{name}[{i}] has no memory: its storage was freed (by resize_(0), or by FSDP)")
-                spans.append((start, start + _extent(t), is_written, name, i, t))
+                    raise ValueError(f"{name} has no memory: its storage was freed (by resize_(0), or by FSDP)")
+                spans.append((start, start + _extent(t), is_written, name, t))
     spans.sort(key=lambda span: span[0])
-    live: list[tuple[int, int, bool, str, int, Tensor]] = []  # spans that reach past the one at hand
+    live: list[tuple[int, int, bool, str, Tensor]] = []  # spans that reach past the one at hand
     for span in spans:
         live = [other for other in live if other[1] > span[0]]
         for other in live:
             # Spans may interleave without sharing a byte (two columns of one matrix): only then look at every byte.
-            if (span[2] or other[2]) and _overlap(span[5], other[5]):
+            if (span[2] or other[2]) and _overlap(span[4], other[4]):
                 first, second = (span, other) if span[2] else (other, span)
-                raise OverlapError(f"{first[3]}[{first[4]}] overlaps {second[3]}[{second[4]}] in memory")
+                raise OverlapError(f"{first[3]} overlaps {second[3]} in memory")
         live.append(span)
 
 
-def _check_no_internal_overlap(name: str, i: int, t: Tensor) -> None:
+def _check_no_internal_overlap(name: str, t: Tensor) -> None:
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1:
             if stride <= reach:
                 raise ValueError(
-                    f"{name}[{i}] has elements that share memory (strides {t.stride()} for the shape "
+                    f"{name} has elements that share memory (strides {t.stride()} for the shape "
                     f"{tuple(t.shape)}); pass a .clone()"
                 )
             reach += (size - 1) * stride

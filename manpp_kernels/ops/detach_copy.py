@@ -119,4 +119,4 @@ def _check_out(x: Tensor, out: Tensor, dtype: torch.dtype | None, memory_format:
     if out.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("out requires grad: a copy into it would not be isolated; pass out.detach()")
     if not torch.compiler.is_compiling():
-        _checks.check_no_overlap([("out", 0, out)], [("x", 0, x)])
+        _checks.check_no_overlap([("out", None, out)], [("x", None, x)])

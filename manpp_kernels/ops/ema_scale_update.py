@@ -212,8 +212,7 @@ def ema_scale_update(
     Raises:
         TypeError: an entry is not a dense floating tensor, or momentum not a number.
         ValueError: lists of different length; shapes or devices that differ; momentum outside [0, 1] or NaN; scale
-            without bias or bias without scale; an ema that overlaps params, bias or another ema in memory; an unknown
-            rounding.
+            without bias or bias without scale; an ema that overlaps another tensor in memory; an unknown rounding.
         IndexError: a group out of range.
         RuntimeError: an ema that requires grad while gradients are recorded.
 
@@ -344,8 +343,9 @@ def check_arguments(
         _checks.check_momentum(momentum, momentum.device if isinstance(momentum, Tensor) else torch.device("cpu"))
     _checks.check_writable(ema)
     if not compiling:
-        read = [("params", i, p) for i, p in enumerate(params)]
+        read: list[_checks.Named] = [("params", i, p) for i, p in enumerate(params)]
         read += [("bias", i, b) for i, b in enumerate(bias or ())]
+        read += [(name, None, t) for name, t in (("momentum", momentum), ("scale", scale)) if isinstance(t, Tensor)]
         _checks.check_no_overlap([("ema", i, e) for i, e in enumerate(ema)], read)
 
 
