@@ -1,6 +1,14 @@
 # The CUDA kernels, compiled into _C. No GPU is needed to build.
 enable_language(CUDA)
 
+# The static runtime is nvcc's, so that GPUs whose driver serves PyTorch's CUDA alone would refuse a newer one's code.
+ask_python(TORCH_CUDA torch "import os, runpy; print(runpy.run_path(os.path.join('${TORCH_DIR}', 'version.py'))['cuda'])")
+string(REGEX REPLACE "\\..*" "" torch_cuda_major "${TORCH_CUDA}")
+if(NOT TORCH_CUDA STREQUAL "None" AND NOT CMAKE_CUDA_COMPILER_VERSION MATCHES "^${torch_cuda_major}\\.")
+  message(WARNING "nvcc is of CUDA ${CMAKE_CUDA_COMPILER_VERSION}, and PyTorch of CUDA ${TORCH_CUDA}: the kernels will need "
+    "a driver for the former. Set CUDACXX to an nvcc of PyTorch's version where yours is older.")
+endif()
+
 # Architectures as PyTorch's users name them: "8.0;9.0;10.0+PTX", separated by semicolons, commas or spaces.
 set(arch_list "$ENV{TORCH_CUDA_ARCH_LIST}")
 if(NOT arch_list)

@@ -44,6 +44,23 @@ def test_a_library_that_was_not_built_is_told_from_one_that_does_not_load() -> N
     assert run_python(hide).stdout.startswith("the compiled library was not built; reinstall manpp-kernels")
 
 
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not"),
+    [
+        ("sm_80,sm_90,sm_100,compute_100", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"], ["7.5"]),
+        ("sm_80,sm_90", ["8.0", "8.9", "9.0"], ["7.5", "10.0", "12.0"]),
+        ("sm_89", ["8.9"], ["8.0", "8.6", "9.0"]),
+        ("sm_90a,compute_90a", ["9.0"], ["8.0", "10.0"]),
+        ("compute_80", ["8.0", "8.6", "9.0", "12.1"], ["7.5"]),
+        ("", [], ["8.0"]),
+    ],
+)
+def test_what_machine_code_runs_on(architectures: str, runs: list[str], does_not: list[str]) -> None:
+    for capability, expected in [*((c, True) for c in runs), *((c, False) for c in does_not)]:
+        major, minor = map(int, capability.split("."))
+        assert backends.runs_on(architectures, (major, minor)) == expected, capability
+
+
 @pytest.mark.parametrize("backend", MISSING)
 def test_why_not_names_the_cause_and_use_backend_repeats_it(backend: str) -> None:
     reason = manpp_kernels.why_not(backend)

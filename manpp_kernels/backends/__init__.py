@@ -59,7 +59,27 @@ def _why_not_cuda() -> str:
         return "the compiled library was built without CUDA; install nvcc and reinstall with MANPP_CUDA=on"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if not runs_on(importlib.import_module("manpp_kernels._C").cuda_architectures(), capability):
+        number = ".".join(map(str, capability))
+        return f"the compiled library has no code for this GPU; reinstall with TORCH_CUDA_ARCH_LIST={number}"
     return ""
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures``, as in "sm_80,compute_90", runs on a GPU of this compute capability.
+
+    Machine code (sm) runs on GPUs of its major number and its minor one or a higher; what is to be compiled by the
+    driver (compute) on any that is as new; either on that GPU alone where its name ends in a letter.
+    """
+    for name in filter(None, architectures.split(",")):
+        kind, number = name.split("_")
+        exact = not number.isdigit()
+        made_for = int(number.rstrip("a")[:-1]), int(number.rstrip("a")[-1])
+        same_major = made_for[0] == capability[0]
+        if made_for == capability or (made_for <= capability and not exact and (same_major or kind == "compute")):
+            return True
+    return False
 
 
 def _why_not_triton() -> str:
