@@ -26,11 +26,7 @@ constexpr uint32_t kOwners = 512;
 __device__ uint32_t counters_of_all[kOwners * kMostArrivals];
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess) {
-    cudaGetLastError(); // reported here: the next launch of this thread must not report it once more
-  }
-  STD_TORCH_CHECK(
-      error == cudaSuccess, "manpp_kernels: the counters of a reduction cannot be had: ", cudaGetErrorString(error));
+  cuda::check(error, "the counters of a reduction cannot be had");
 }
 
 // The stream's number; the capture's plus one, or 0 where nothing is being captured. A stream that is capturing must not

@@ -129,6 +129,14 @@ __device__ __forceinline__ void write_scalar(void* p, DType t, int64_t i, A x) {
   }
 }
 
+// Throws where a call to CUDA failed.
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    cudaGetLastError(); // reported here: the next launch of this thread must not report it once more
+  }
+  STD_TORCH_CHECK(error == cudaSuccess, "manpp_kernels: ", what, ": ", cudaGetErrorString(error));
+}
+
 // Makes a tensor's device current for as long as it lives.
 class DeviceGuard {
  public:
@@ -138,8 +146,7 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  void* changed_ = nullptr; // PyTorch's guard, where another device was current
 };
 
 // PyTorch's current stream on a device.

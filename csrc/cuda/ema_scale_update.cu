@@ -265,6 +265,7 @@ EmaLaunch::EmaLaunch(const std::vector<Entry>& entries, const Tensor& like)
   DeviceGuard guard(device_);
   cudaStream_t stream = current_stream(device_);
   table_ = scratch(like, static_cast<int64_t>(chunks_) * sizeof(Chunk));
+  stream_ = stream;
   if (is_capturing(stream)) {
     unwritten_ = entries;
     return;
@@ -274,8 +275,9 @@ EmaLaunch::EmaLaunch(const std::vector<Entry>& entries, const Tensor& like)
 }
 
 // A graph reads its table at every replay, and nothing says when the graph ends; the launch may go before it, as when a
-// tensor has moved. So a table that was captured is never freed: 64 bytes a chunk.
-void EmaLaunch::keep_for_graphs() {
+// tensor has moved. On a stream other than that of the table's memory, an update may still be reading when the memory is
+// given back. So a table that was used in either way is never freed: 64 bytes a chunk.
+void EmaLaunch::keep_for_good() {
   static std::mutex mutex;
   static std::vector<Tensor>& tables = *new std::vector<Tensor>; // not freed at exit, when CUDA may be gone
   std::lock_guard<std::mutex> lock(mutex);
@@ -286,15 +288,21 @@ void EmaLaunch::keep_for_graphs() {
 void EmaLaunch::run(const Scalars& scalars) {
   DeviceGuard guard(device_);
   cudaStream_t stream = current_stream(device_);
-  if (!kept_ && is_capturing(stream)) {
-    keep_for_graphs();
-  }
+  bool capturing = is_capturing(stream);
   if (!unwritten_.empty()) {
+    if (!capturing) { // in memory that no graph writes: what was allocated in a capture is in its graphs' pool
+      table_ = scratch(table_, table_.numel() * static_cast<int64_t>(sizeof(int64_t)));
+      stream_ = stream;
+      kept_ = false;
+    }
     write_chunks(unwritten_, weights_, static_cast<Chunk*>(table_.data_ptr()), stream);
-    if (!is_capturing(stream)) {
+    if (!capturing) {
       wait_for(stream);
       unwritten_.clear();
     }
+  }
+  if (!kept_ && (capturing || stream != stream_)) {
+    keep_for_good();
   }
   DeviceTable table{static_cast<const Chunk*>(table_.data_ptr())};
   if (weights_) {

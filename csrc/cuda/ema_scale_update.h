@@ -9,8 +9,7 @@ namespace manpp::cuda {
 // An update of entries on the device of `like`: one launch, or two where they are more than fit its parameters.
 void update_entries(const std::vector<Entry>& entries, bool weights, const Tensor& like, const Scalars& scalars);
 
-// The tables of an update on a GPU, kept in device memory, for the launch plan. Updates on a stream other than the one
-// it was built on have to be done by the time it is deleted, as for any tensor of PyTorch.
+// The tables of an update on a GPU, kept in device memory, for the launch plan.
 class EmaLaunch {
  public:
   // `like` is any tensor on the device.
@@ -19,13 +18,14 @@ class EmaLaunch {
   void run(const Scalars& scalars);
 
  private:
-  void keep_for_graphs();
+  void keep_for_good();
 
   int device_;
   int kernel_;
   uint32_t chunks_;
   bool weights_ = false;
   Tensor table_;
+  void* stream_ = nullptr; // on which the table was allocated
   bool kept_ = false;
   // Where it was built inside a capture, which writes nothing yet: every update in a capture then writes the table
   // first, for its graph may be the first to run, and so does the first update outside.

@@ -26,15 +26,19 @@ class _Fence:
     def record(self) -> None:
         """Everything that is enqueued on the current stream so far."""
         if self._event is not None and not torch.cuda.is_current_stream_capturing():
-            stream = torch.cuda.current_stream(self._memory.device)
-            # For the day the memory is given back: the allocator knows of the stream it was allocated on alone.
-            self._memory.record_stream(stream)
-            self._event.record(stream)
+            self._event.record(self._stream())
 
     def wait(self) -> None:
         """Lets the current stream wait for what was recorded; for nothing if that never happened."""
         if self._event is not None and not torch.cuda.is_current_stream_capturing():
-            self._event.wait(torch.cuda.current_stream(self._memory.device))
+            self._event.wait(self._stream())
+
+    def _stream(self) -> torch.cuda.Stream:
+        """The current stream, on which the memory is about to be used or just was."""
+        stream = torch.cuda.current_stream(self._memory.device)
+        # For the day the memory is given back: the allocator knows of the stream it was allocated on alone.
+        self._memory.record_stream(stream)
+        return stream
 
 
 class _Slot:
