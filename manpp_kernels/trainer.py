@@ -95,7 +95,9 @@ class LocalTrainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         if config.compile is not None:
             for block in self.network:
-                block.body.compile(backend=config.compile)
+                # A capture launches what the steps before it did; code for any size, made for a smaller last batch,
+                # would come in between, and has not run by then.
+                block.body.compile(backend=config.compile, dynamic=False if config.cuda_graphs else None)
 
         self._modules = list(self.network.modules())
         self._unlocked = config.order == "unlocked"

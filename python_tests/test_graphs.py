@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -186,11 +188,12 @@ CHANGES: dict[str, Callable[[LocalTrainer], Any]] = {
 }
 
 
+@pytest.mark.parametrize(("steps", "counts"), [(5, (6, 2, 4)), (3, (6, 1, 2))], ids=["replays", "warm-up"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_in_between_is_noticed(change: str) -> None:
+def test_what_changes_in_between_is_noticed(change: str, steps: int, counts: tuple[int, ...]) -> None:
     eager, graphed = make(rule="man++"), make(rule="man++")
     recorder = recorded(graphed)
-    for batch in batches(5):
+    for batch in batches(steps):
         eager.step(batch)
         graphed.step(batch)
     for trainer in (eager, graphed):
@@ -198,9 +201,38 @@ def test_what_changes_in_between_is_noticed(change: str) -> None:
     for batch in batches(5):
         eager.step(batch)
         graphed.step(batch)
-    assert (recorder.runs, recorder.captures, recorder.replays) == (6, 2, 4)
+    assert (recorder.runs, recorder.captures, recorder.replays) == counts
     for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_from_before_the_first_step(tmp_path) -> None:
+    """Loaded when a step is about to be captured: the momentum that it makes would begin anew at every replay."""
+    eager, graphed = make(rule="dgl"), make(rule="dgl")
+    recorder = recorded(graphed)
+    for trainer in (eager, graphed):
+        trainer.save(tmp_path / "checkpoint.pt")
+        for batch in batches(3):
+            trainer.step(batch)
+        trainer.load(tmp_path / "checkpoint.pt")
+        for batch in batches(5):
+            trainer.step(batch)
+    assert (recorder.runs, recorder.captures, recorder.replays) == (6, 1, 2)
+    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_trainer_and_its_graph_go_with_its_last_reference() -> None:
+    trainer = make(rule="dgl")
+    gone = weakref.ref(trainer)
+    trainer._graph = StepGraph(trainer._compute, trainer.network, trainer.optimizers, Recorder(None))  # type: ignore[arg-type]
+    trainer.step(batches(1)[0])
+    gc.disable()
+    try:
+        del trainer
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_learning_rate_that_is_a_tensor_on_the_host() -> None:
@@ -354,3 +386,32 @@ def test_adam_on_a_gpu() -> None:
     assert counts == {"capture": 1, "replay": 3}
     for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_that_does_not_suffice_on_a_gpu() -> None:
+    """It shows in the middle of a capture, and training goes on."""
+    eager, graphed = (make("cuda", rule="man++", cuda_graphs=graphs) for graphs in (False, True))
+    for batch in batches(3):
+        eager.step(batch)
+        graphed.step(batch)
+    graph = graphed._graph
+    assert graph is not None
+    call = graph._call
+
+    def too_much(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        call(images, targets)
+        raise torch.OutOfMemoryError("none left")
+
+    graph._call = too_much  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        graphed.step(batches(1)[0])
+    del graph._call
+    counts = counted(graphed)
+    for batch in batches(5):
+        eager.step(batch)
+        graphed.step(batch)
+    assert counts == {"capture": 1, "replay": 2}
+    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)

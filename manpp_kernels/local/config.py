@@ -44,8 +44,9 @@ class TrainerConfig:
             that steps every step. For optimizers that can be captured (SGD; Adam and its like with
             ``capturable=True``), and not with ``amp="fp16"``, whose loss scaling waits for the device, or
             ``data_parallel``. A replay repeats what the captured step did on the device, and none of its Python: no
-            hooks, no counters or random numbers on the host. It has memory of its own, beside which a batch of another
-            size needs its own: leave room for both.
+            hooks, no counters or random numbers on the host, no numbers of modules that were changed since. It has
+            memory of its own, beside which a batch of another size needs its own: leave room for both
+            (``peak_memory_bytes`` is that of the larger).
         data_parallel: train a copy on every rank of ``torch.distributed``'s default process group, on batches of its
             own (as of a ``DistributedSampler``), with averaged gradients. All but ``evaluate`` is then called on every
             rank, with as many batches and the same folder for checkpoints. Running statistics are each rank's own, and

@@ -6,7 +6,9 @@ launched the next. A graph holds the launches of a whole step, at addresses and 
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -53,7 +55,13 @@ class Device:
         # watched: that of a loader that pins memory may make any.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(capture_error_mode="thread_local")
-            result = call()
+            try:
+                result = call()
+            except BaseException:
+                # The stream would stay in the capture: memory that does not suffice is no reason for that.
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
             graph.capture_end()
         self._graph = graph
         self.peak_bytes = torch.cuda.max_memory_allocated(self._stream.device)
@@ -72,11 +80,13 @@ class StepGraph:
 
     A batch of another shape, as the last one of an epoch, runs as it is. A step is captured anew where learning rates
     have changed, as from one epoch to the next, and after a warm-up where anything else has: a tensor has moved, as
-    when a checkpoint is loaded, or another number of an optimizer is another.
+    when a checkpoint is loaded, or another number of an optimizer is another. Numbers that modules keep on the host,
+    such as a dropout's odds, are those of the capture.
 
     Args:
         compute: a whole step on images and targets, from dropping the gradients to the optimizer. What it does has to
-            depend on tensors alone, and it must not wait for the device.
+            depend on tensors alone, and it must not wait for the device. A bound method, whose object is not kept
+            alive: that owns the graph.
         module: whose parameters and buffers it works on.
         optimizers: those it steps.
         device: where it runs.
@@ -87,7 +97,7 @@ class StepGraph:
     def __init__(
         self, compute: Compute, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: Device
     ) -> None:
-        self._compute, self._optimizers, self._device = compute, optimizers, device
+        self._compute, self._optimizers, self._device = weakref.WeakMethod(compute), optimizers, device
         # Where the tensors are registered: a replaced one shows there, and going through the modules takes longer.
         self._places = [place for m in module.modules() for place in (m._parameters, m._buffers) if place]
         self.forget()
@@ -109,14 +119,18 @@ class StepGraph:
 
     def step(self, images: Tensor, targets: Tensor) -> StepResult:
         """One step; the result's tensors are the caller's own."""
-        if self._outputs is not None and self._state != self._watched():
+        if self._state is not None and self._state != self._watched():
             self.forget()
         layout = tuple((t.shape, t.stride(), t.dtype) for t in (images, targets))
         if self._layout is None and self._seen[layout] >= self.WARM_UP:
             self._layout = layout
         if layout != self._layout:
             self._seen[layout] += 1
-            return self._device.run(lambda: self._compute(images, targets))
+            losses, logits = self._device.run(lambda: self._call(images, targets))
+            if self._outputs is None:
+                # What comes to be changed before the capture would be made anew by every replay, like a momentum.
+                self._state = self._watched()
+            return StepResult(list(losses.unbind()), logits)
         rates = [_number(group["lr"]) for group in _groups(self._optimizers)]
         if self._outputs is None or rates != self._rates:
             self._capture(images, targets)
@@ -129,6 +143,12 @@ class StepGraph:
         losses, logits = (t.clone() for t in self._outputs)
         return StepResult(list(losses.unbind()), logits)
 
+    def _call(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        compute = self._compute()
+        assert compute is not None
+        result = compute(images, targets)
+        return torch.stack(result.losses), result.logits
+
     def _capture(self, images: Tensor, targets: Tensor) -> None:
         check_capturable(self._optimizers)
         if self._inputs is None:
@@ -138,18 +158,12 @@ class StepGraph:
         self._outputs = None
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-
-        def call() -> tuple[Tensor, Tensor]:
-            result = self._compute(*inputs)
-            return torch.stack(result.losses), result.logits
-
         try:
-            self._outputs = self._device.capture(call)
-        except torch.OutOfMemoryError:
+            self._outputs = self._device.capture(lambda: self._call(*inputs))
+        except BaseException as error:
             self.forget()
-            raise
-        except RuntimeError as error:
-            self.forget()
+            if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RuntimeError(
                 f"this training step cannot be captured in a CUDA graph ({str(error).splitlines()[0]}). No tensor of "
                 "the training has changed, but CUDA is not to be used further in this process: continue in another, "
@@ -218,4 +232,4 @@ def _number(value: Any) -> str:
     """A number as a captured step has it written into it; a tensor on the device is read at every replay instead."""
     if isinstance(value, Tensor):
         return repr(value.tolist()) if value.device.type == "cpu" else f"at {value.data_ptr()}"
-    return repr(value)
+    return f"({', '.join(map(_number, value))})" if isinstance(value, tuple | list) else repr(value)
