@@ -57,21 +57,31 @@ class Operator:
         return list(dict.fromkeys(self._by_backend.values()))
 
 
-def checked_operator(name: str, signature: str) -> Callable[..., Any]:
+def checked_operator(name: str, signature: str, *, declined: Any) -> Callable[..., Any]:
     """An operator of the compiled library alone, which checks its arguments itself, for calls outside any graph.
 
     In Python the checks of an operator take longer than its work on small tensors. What is not plain, or wrong, is left
-    to the public function, which has to see to it that :func:`compiled_serves`.
+    to the public function, which has to see to it that :func:`compiled_serves`: the operator then writes nothing and
+    returns ``declined``.
     """
     library.define(f"{name}{signature}")
     # Past autograd: a write in place would ask its leave, and a detached alias of every tensor takes longer than that.
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    # Views that are lazily negated, of which the memory is not the value.
+    library.impl(name, lambda *_: declined, "Negative")
     overload: torch._ops.OpOverload = getattr(torch.ops.manpp_kernels, name).default
     return overload
 
 
+def transformed() -> bool:
+    """Whether a transform of ``torch.func``, or forward-mode differentiation, is under way.
+
+    Of these an operator knows nothing, and PyTorch would take its derivative for zero: plain PyTorch has to serve.
+    """
+    return _transform() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 _PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhere
-_COMPILED = ("cpu", "cuda")
 _modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
@@ -85,4 +95,4 @@ def compiled_serves(first: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
     for tensors in others:
         if not _PLAIN.issuperset(map(type, tensors)):
             return False
-    return len(first) > 0 and backends.selected(first[0].device) in _COMPILED
+    return len(first) > 0 and backends.compiled_serves(first[0])

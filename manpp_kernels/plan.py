@@ -138,7 +138,9 @@ class EmaPlan:
     An update costs microseconds on the host, whatever the number of tensors, allocates nothing and never waits for the
     device; it can be captured in a CUDA graph. A plan notices a tensor whose memory has moved (an assignment to
     ``.data``, ``module.to()``, ``resize_``), builds itself anew and carries on: it never writes through an address that
-    has gone stale. (Inside a CUDA graph the addresses are those of the capture.)
+    has gone stale. (Inside a CUDA graph the addresses are those of the capture.) Whether an EMA requires grad, which is
+    an error while gradients are recorded, a plan without ``bias`` asks when it is built: asking takes as long as the
+    update. The references that it keeps let ``torch.utils.swap_tensors`` refuse.
 
     Args:
         ema, params, bias, groups, total, rounding, generator: as for :func:`manpp_kernels.ema_scale_update`. The plan
@@ -180,7 +182,7 @@ class EmaPlan:
         if self.bias is not None and scale is None:
             on = self.ema[0].device if self.ema and isinstance(self.ema[0], Tensor) else None
             scale = torch.empty(self._entries, device=on)
-        with torch.no_grad():  # whether ema may be written is asked at every update
+        with torch.no_grad():  # whether ema may be written is asked at an update
             op.check_arguments(
                 self.ema,
                 self.params,
@@ -286,8 +288,8 @@ class EmaPlan:
                 backends.keep_for_graphs(self._seed)
             self._seed.random_(op.SEED_MIN, op.SEED_MAX, generator=self.generator)
         ran = launch.run(
-            momentum.detach() if isinstance(momentum, Tensor) else momentum,
-            None if scale is None else scale.detach().contiguous(),
+            momentum.detach().resolve_neg() if isinstance(momentum, Tensor) else momentum,
+            None if scale is None else scale.detach().contiguous().resolve_neg(),
             self._seed,
         )
         if not ran:  # a tensor has moved, perhaps to another device, or is in the way of another: all over again

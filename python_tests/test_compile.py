@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -267,3 +269,17 @@ def test_fake_tensors() -> None:
         ema, bias = [torch.empty(3)], [torch.empty(3, dtype=torch.bfloat16)]
         (weight,) = ema_scale_update(ema, [torch.empty(3)], 0.9, scale=torch.ones(()), bias=bias)
         assert (weight.shape, weight.dtype) == ((3,), torch.bfloat16)
+
+
+def test_dynamic_shapes_as_the_first_use_of_the_package() -> None:
+    """What is read once in a process is read by then, and not in the middle of a trace."""
+    code = """
+import torch, manpp_kernels as mk
+torch._dynamo.config.error_on_recompile = True
+f = torch.compile(lambda a, b, s: mk.scale_bias_mix(a, b, s).relu(), backend="aot_eager", fullgraph=True, dynamic=True)
+for n in (2, 3):
+    a = torch.randn(n, 3, 4, 5, requires_grad=True)
+    print(f(a, a * 2, torch.ones(3)).shape[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2", "3"], done.stderr[-2000:]

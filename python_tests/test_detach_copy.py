@@ -243,3 +243,12 @@ def test_more_than_2_to_31_elements(target: Target) -> None:
     y = detach_copy(x, dtype=torch.bfloat16)
     assert y[-1].item() == 4.0
     assert count(y, 0.0) == len(y) - 1
+
+
+def test_transforms_of_torch_func() -> None:
+    x = torch.randn(3, 2, 4, 5)
+    copied = torch.func.vmap(lambda y: detach_copy(y, dtype=torch.bfloat16))(x)
+    assert same(copied, x.to(torch.bfloat16))
+    assert torch.equal(torch.func.vmap(detach_copy)(x, torch.zeros_like(x)), x)
+    gradient = torch.func.grad(lambda y: (detach_copy(y) * y).sum())(x)
+    assert torch.equal(gradient, x)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 import manpp_kernels
 from manpp_kernels import EmaPlan, ema_scale_update
@@ -101,6 +102,10 @@ def _scale_is_in_ema(a: Arguments) -> None:
 
 def _momentum_is_in_ema(a: Arguments) -> None:
     a["momentum"] = a["ema"][1][0, 3]
+
+
+def _negated() -> Tensor:
+    return torch.randn(3, dtype=torch.complex64).conj().imag
 
 
 SPARSE = torch.eye(2, 4).to_sparse()
@@ -197,6 +202,12 @@ CASES: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
     "ema and params views overlap": (_overlapping_params, ValueError, r"ema\[1\] overlaps params\[1\]"),
     "overlap across dtypes": (_overlapping_by_one_byte_of_another_dtype, ValueError, r"ema\[0\] overlaps params\[0\]"),
     "a column crosses a row": (_column_crosses_row, ValueError, r"ema\[[01]\] overlaps ema\[[01]\]"),
+    "ema lazily negated": (replaced("ema", _negated(), 0), TypeError, r"ema\[0\].*lazily negated.*resolve_neg"),
+    "ema a wrapper of tensors": (
+        replaced("ema", TwoTensor(torch.randn(3), torch.randn(3)), 0),
+        TypeError,
+        r"ema\[0\] is a TwoTensor",
+    ),
     "ema expanded": (replaced("ema", torch.ones(1).expand(3), 0), ValueError, r"ema\[0\].*share memory"),
     "ema strided over itself": (
         replaced("ema", torch.ones(16).as_strided((2, 4), (2, 1)), 1),
@@ -260,6 +271,38 @@ def test_misuse_of_a_plan(case: str, backend: str) -> None:
 
 def test_the_arguments_do_work() -> None:
     assert len(ema_scale_update(**valid())) == 2
+
+
+def test_elements_that_interleave_and_share_no_memory() -> None:
+    memory = torch.zeros(8)
+    ema = memory.as_strided((3, 2), (2, 3))  # in places 0, 3, 2, 5, 4 and 7
+    ema_scale_update(ema, torch.ones(3, 2), 0.5)
+    assert memory.tolist() == [0.5, 0, 0.5, 0.5, 0.5, 0.5, 0, 0.5]
+
+
+def test_views_that_are_lazily_negated_are_read_as_what_they_are() -> None:
+    arguments = valid() | {"params": [_negated(), valid()["params"][1]], "bias": [_negated(), valid()["bias"][1]]}
+    arguments["scale"] = torch.randn(2, dtype=torch.complex64).conj().imag
+    plain = {name: [t.clone() for t in value] for name, value in arguments.items() if name in ("ema", "params", "bias")}
+    expected = ema_scale_update(**(arguments | plain | {"scale": arguments["scale"].clone()}))
+    by_plan = arguments | {"ema": [e.clone() for e in arguments["ema"]]}
+    del by_plan["momentum"], by_plan["scale"]
+    plan = EmaPlan(**by_plan)
+    momentum = torch.complex(torch.zeros(()), torch.tensor(-0.9)).conj().imag
+    for found in (ema_scale_update(**arguments), plan.update(momentum, arguments["scale"])):
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b)
+
+
+def test_transforms_of_torch_func_are_refused() -> None:
+    def loss(p: Tensor) -> Tensor:
+        ema_scale_update(torch.zeros(3), p.detach(), 0.9)
+        return p.sum()
+
+    with pytest.raises(RuntimeError, match=r"torch\.func sees no write in place"):
+        torch.func.grad(loss)(torch.ones(3))
+    with pytest.raises(RuntimeError, match=r"torch\.func sees no write in place"):
+        torch.func.vmap(loss)(torch.ones(2, 3))
 
 
 def test_ema_that_requires_grad_is_fine_under_no_grad() -> None:

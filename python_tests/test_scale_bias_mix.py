@@ -303,3 +303,23 @@ def test_more_than_2_to_31_elements(target: Target) -> None:
     out = scale_bias_mix(lb, lb, torch.tensor(0.5, device=target.device))
     assert out[-1].item() == 8.0
     assert count(out, 0.0) == n - 1
+
+
+def test_transforms_of_torch_func_and_forward_mode() -> None:
+    """Of which a compiled operator knows nothing: PyTorch would take its derivative for zero."""
+    a, b, scale = torch.randn(4, 2, 3), torch.randn(4, 2, 3), torch.randn(2)
+
+    def of_scale(s: Tensor) -> Tensor:
+        return scale_bias_mix(a, b, s)
+
+    _, tangent = torch.func.jvp(of_scale, (scale,), (torch.ones(2),))
+    assert torch.allclose(tangent, a - b)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(scale, torch.ones(2))
+        tangent = torch.autograd.forward_ad.unpack_dual(of_scale(dual)).tangent
+    assert torch.allclose(tangent, a - b)
+    gradient = torch.func.grad(lambda s: of_scale(s).sum())(scale)
+    assert torch.allclose(gradient, (a - b).sum((0, 2)), atol=1e-5)
+    assert torch.equal(
+        torch.func.vmap(lambda x, y: scale_bias_mix(x, y, scale[0]))(a, b), scale_bias_mix(a, b, scale[0])
+    )

@@ -117,21 +117,25 @@ def _checked(backend: str, source: str) -> str:
 # One choice for the whole process, not for a thread: the backward pass runs on threads of autograd's own, and has to
 # see the same backend as the forward pass did.
 _override: str | None = None
-_environment: str | None = None
-_environment_checked = False
 
 
 def _from_environment() -> str | None:
+    return _read_environment()
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler: what is read once is not to be traced.
+_from_environment._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _read_environment() -> str | None:
     """What MANPP_BACKEND says.
 
     Read at the first operator call rather than at import, so that a wrong value is an error where it matters and
     ``manpp doctor`` can still start and explain it.
     """
-    global _environment, _environment_checked
     asked = os.environ.get("MANPP_BACKEND", "")
-    _environment = _checked(asked, "MANPP_BACKEND") if asked else None
-    _environment_checked = True
-    return _environment
+    return _checked(asked, "MANPP_BACKEND") if asked else None
 
 
 @contextlib.contextmanager
@@ -160,7 +164,7 @@ def override(device: torch.device) -> str | None:
     """The backend asked for, checked against ``device``; None to let the dispatcher pick by device."""
     asked = _override
     if asked is None:
-        asked = _environment if _environment_checked else _from_environment()
+        asked = _from_environment()
         if asked is None:
             return None
     if asked in ("cpu", "cuda") and device.type != asked:
@@ -170,8 +174,11 @@ def override(device: torch.device) -> str | None:
     return asked
 
 
-@functools.cache  # device.type makes a string at every use
-def _default(device: torch.device) -> str:
+def selected(device: torch.device) -> str:
+    """The name of the backend that an operator called now on ``device`` runs on."""
+    asked = override(device)
+    if asked is not None:
+        return asked
     if device.type == "cpu":
         return "cpu" if CPU_COMPILED else "eager"
     if device.type == "cuda":
@@ -179,9 +186,12 @@ def _default(device: torch.device) -> str:
     return "eager"
 
 
-def selected(device: torch.device) -> str:
-    """The name of the backend that an operator called now on ``device`` runs on."""
-    return override(device) or _default(device)
+def compiled_serves(t: torch.Tensor) -> bool:
+    """Whether :func:`selected` would be the compiled library's for the device of ``t``, told faster."""
+    asked = override(t.device)
+    if asked is not None:
+        return asked in ("cpu", "cuda")
+    return (CPU_COMPILED and t.is_cpu) or (CUDA_COMPILED and t.is_cuda)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -174,13 +174,16 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
     for is_written, named in ((True, written), (False, read)):
         for argument, i, t in named:
             name = _label(argument, i)
-            # Meta and fake tensors have no memory; what traces with them checks the real ones where it runs.
-            if t.numel() and not t.is_meta and not isinstance(t, FakeTensor):
+            if t.numel() and _has_memory(t):
+                if is_written and t.is_neg():
+                    raise TypeError(f"{name} is a lazily negated view, and cannot be written; pass its .resolve_neg()")
                 if is_written and not t.is_contiguous():
                     _check_no_internal_overlap(name, t)
                 start = t.data_ptr()
                 if start == 0 and hasattr(t, "to_local"):
                     raise TypeError(f"{name} is a {type(t).__name__}, sharded over ranks; pass its to_local()")
+                if start == 0 and type(t) not in (Tensor, torch.nn.Parameter):
+                    raise TypeError(f"{name} is a {type(t).__name__}, which has no memory; pass what it is made of")
                 if start == 0:
                     raise ValueError(f"{name} has no memory: its storage was freed (by resize_(0), or by FSDP)")
                 spans.append((start, start + _extent(t), is_written, name, t))
@@ -196,11 +199,17 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
         live.append(span)
 
 
+def _has_memory(t: Tensor) -> bool:
+    # What traces with meta and fake tensors checks the real ones where it runs. Those of torch.func wrap others.
+    return not (t.is_meta or isinstance(t, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(t))
+
+
 def _check_no_internal_overlap(name: str, t: Tensor) -> None:
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1:
-            if stride <= reach:
+            # Dimensions may interleave without sharing an element, which counting them shows.
+            if stride <= reach and _bytes_of(t, t.data_ptr(), t.data_ptr() + _extent(t)).sum() < t.nbytes:
                 raise ValueError(
                     f"{name} has elements that share memory (strides {t.stride()} for the shape "
                     f"{tuple(t.shape)}); pass a .clone()"

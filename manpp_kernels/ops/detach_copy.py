@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manpp_kernels._library import Operator, checked_operator, compiled_serves
+from manpp_kernels._library import Operator, checked_operator, compiled_serves, transformed
 from manpp_kernels.backends import eager
 from manpp_kernels.ops import _checks
 
@@ -17,7 +17,7 @@ def _fake(x: Tensor, out: Tensor) -> None:
 _copy = Operator("detach_copy", "(Tensor x, Tensor(a!) out) -> ()", fake=_fake, eager=eager.detach_copy)
 
 # The compiled operator with the checks of the common case; False, with nothing written, where a case is not common.
-_copy_checked = checked_operator("_detach_copy_checked", "(Tensor x, Tensor(a!) out) -> bool")
+_copy_checked = checked_operator("_detach_copy_checked", "(Tensor x, Tensor(a!) out) -> bool", declined=False)
 
 
 def detach_copy(
@@ -53,6 +53,9 @@ def detach_copy(
     check_tensor("x", x)
     check_options(x, dtype, memory_format)
     x = x.detach()
+    if out is None and not compiling and transformed():
+        layout = torch.preserve_format if memory_format is None else memory_format
+        return x.to(dtype=dtype or x.dtype, memory_format=layout, copy=True)
     if out is None:
         new = torch.empty_like(
             x, dtype=dtype, memory_format=torch.preserve_format if memory_format is None else memory_format
@@ -60,6 +63,8 @@ def detach_copy(
         _copy(x.device, x, new)
         return new
     _check_out(x, out, dtype, memory_format)
+    if not compiling and transformed():
+        return out.copy_(x)
     _copy(x.device, x, out)
     if not compiling:
         torch.autograd.graph.increment_version(out)

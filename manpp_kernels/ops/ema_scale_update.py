@@ -40,11 +40,14 @@ _update_backward = Operator(
 # The compiled operator with the checks of the common case. Where a case is not common nothing is written, and the
 # answer is False, or no effective weights. The update alone has its own, as an argument that is passed costs a quarter
 # of a microsecond.
-_update_checked = checked_operator("_ema_update_checked", "(Tensor(a!)[] ema, Tensor[] params, float momentum) -> bool")
+_update_checked = checked_operator(
+    "_ema_update_checked", "(Tensor(a!)[] ema, Tensor[] params, float momentum) -> bool", declined=False
+)
 _scale_update_checked = checked_operator(
     "_ema_scale_update_checked",
     "(Tensor(a!)[] ema, Tensor[] params, float momentum, Tensor scale, Tensor[] bias, int[] groups, float total)"
     " -> Tensor[]",
+    declined=[],
 )
 
 
@@ -325,6 +328,8 @@ def check_arguments(
     if rounding not in _checks.ROUNDINGS:
         raise ValueError(f"rounding has to be one of {', '.join(_checks.ROUNDINGS)}, and is {rounding!r}")
     compiling = torch.compiler.is_compiling()
+    if not compiling and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (*ema, *params))):
+        raise RuntimeError("a transform of torch.func sees no write in place; update the EMA outside of it")
     if bias is not None and not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "the effective weights are not differentiable by torch.func, whose transforms see no write in place; use "

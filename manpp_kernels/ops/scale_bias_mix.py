@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manpp_kernels._library import Operator
+from manpp_kernels._library import Operator, transformed
 from manpp_kernels.backends import eager
 from manpp_kernels.ops import _checks
 
@@ -114,7 +114,8 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
         total: what the two coefficients sum to; 2 as published.
 
     Returns:
-        A tensor like ``lb_out``. Differentiable in all three tensors, twice.
+        A tensor like ``lb_out``. Differentiable in all three tensors, twice; under ``torch.func`` and in forward mode
+        it is computed by plain PyTorch.
 
     Raises:
         TypeError: an argument is not a dense tensor of these dtypes, or total not a number.
@@ -135,4 +136,6 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
     if lb_out.dtype != ema_out.dtype:
         dtype = torch.promote_types(lb_out.dtype, ema_out.dtype)
         lb_out, ema_out = lb_out.to(dtype), ema_out.to(dtype)
+    if not torch.compiler.is_compiling() and transformed():
+        return eager.scale_bias_mix(lb_out, ema_out, scale, float(total))
     return _mix(lb_out.device, lb_out, ema_out, scale.contiguous(), float(total))
