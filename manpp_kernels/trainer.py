@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from manpp_kernels import checkpoint
-from manpp_kernels.local.config import AMP_DTYPES, OptimizerFactory, SchedulerFactory, TrainerConfig, check_schedulers
+from manpp_kernels.local.config import (
+    AMP_DTYPES,
+    OptimizerFactory,
+    SchedulerFactory,
+    TrainerConfig,
+    check_optimizers,
+    check_schedulers,
+)
 from manpp_kernels.local.epoch import EpochTotals, batches_from, deferred_interrupt
 from manpp_kernels.local.graphs import StepGraph, make_step_graph
 from manpp_kernels.local.memory import SavedTensorMeter
@@ -32,7 +39,14 @@ from manpp_kernels.local.parts import adapt
 from manpp_kernels.local.replicas import Alone, Replicas
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
-from manpp_kernels.local.targets import Criterion, check_labels, make_criterion, takes_class_numbers
+from manpp_kernels.local.targets import (
+    Criterion,
+    answers_to,
+    check_labels,
+    ignored_label,
+    make_criterion,
+    takes_class_numbers,
+)
 
 __all__ = ["CHECKPOINT_NAME", "LocalTrainer", "StepResult", "TrainerConfig"]
 
@@ -78,8 +92,13 @@ class LocalTrainer:
         criterion: Criterion | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if config is not None and not isinstance(config, TrainerConfig):
+            raise TypeError(f"config has to be a TrainerConfig, and is {type(config).__name__}")
         self.config = config = config or TrainerConfig()
-        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        like = next(model.parameters(), None)
+        if like is None:
+            raise ValueError(f"{type(model).__name__} has no parameters to train")
+        self.device = torch.device(device) if device is not None else like.device
         rule = make_rule(config.rule, config.rule_options)
         rule.check_order(config.order)
         self._layout = torch.channels_last if config.channels_last else torch.preserve_format
@@ -87,7 +106,8 @@ class LocalTrainer:
         blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
         parts = partition(model, blocks, example=example, balance=config.balance)
         self._criterion = make_criterion(criterion, config.label_smoothing, self.device)
-        self._labels, self._ignored = takes_class_numbers(criterion), getattr(criterion, "ignore_index", None)
+        self._labels, self._ignored = takes_class_numbers(criterion), ignored_label(criterion)
+        self._answers = answers_to(criterion)
         # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
         self.network = LocalNetwork(parts, rule, self._criterion, num_classes).to(memory_format=self._layout)
         self._ranks = Replicas(self.network.persistent_tensors(), self.device) if config.data_parallel else Alone()
@@ -99,13 +119,13 @@ class LocalTrainer:
                 # would come in between, and has not run by then.
                 block.body.compile(backend=config.compile, dynamic=False if config.cuda_graphs else None)
 
-        self._modules = list(self.network.modules())
         self._unlocked = config.order == "unlocked"
         self._ema = [self.network.ema_updates()] if self._unlocked else self.network.ema_updates_by_block()
         make = optimizer or config.sgd
         self._by_block = by_block = [block.trainable() for block in self.network]
         groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
         self.optimizers = [make(group) for group in groups]
+        check_optimizers(self.optimizers)
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
         check_schedulers(self.schedulers, config.schedule)
         self._graph: StepGraph | None = None
@@ -127,12 +147,15 @@ class LocalTrainer:
     def step(self, batch: Batch) -> StepResult:
         """Train every block on one batch.
 
+        A model that is in evaluation mode is put into training mode. Parts of it that alone are in evaluation mode,
+        such as frozen batch normalisations, stay in it.
+
         Args:
             batch: images (N, ...) of a floating dtype, and targets: class numbers (N,), or what the criterion takes.
 
         Raises:
-            ValueError: the batch does not fit the network (labels on an accelerator are checked
-                in the first step only).
+            TypeError: the batch is no pair of tensors.
+            ValueError: it does not fit the network (labels on an accelerator are checked in the first step only).
         """
         check_batch(batch, self.config.accumulate, len(self.network))
         # Where labels lie on an accelerator, looking at them makes the step wait for the one before: only once then.
@@ -140,7 +163,8 @@ class LocalTrainer:
             check_labels(batch[1], self.network.num_classes, self._ignored)
         self._first_step = False
         images, targets = self._on_device(batch)
-        if not all(module.training for module in self._modules):  # asking takes a hundredth of setting it
+        if not (self.model.training and self.network.training):
+            self.model.train()
             self.network.train()
         self._stepping = True
         result = self._compute(images, targets) if self._graph is None else self._graph.step(images, targets)
@@ -250,7 +274,7 @@ class LocalTrainer:
             on_epoch: called after every epoch with the trainer and its row of the history.
             checkpoint_dir: where ``checkpoint.pt`` is written after every epoch and on Ctrl-C.
             checkpoint_every: also write it every so many steps.
-            resume: True for the checkpoint in ``checkpoint_dir``, or the path of one.
+            resume: True for the checkpoint in ``checkpoint_dir``, or the path of one or of its folder.
 
         Returns:
             The history, a row for each epoch: ``epoch`` (from 1), ``train_loss`` and ``train_acc`` (the network's own,
@@ -309,7 +333,7 @@ class LocalTrainer:
             else:
                 result = self.step(batch)
             self.position += 1
-            totals.add(result.losses[-1], result.logits, batch[1], self._ignored)
+            totals.add(result.losses[-1], result.logits, batch[1], self._answers)
             if i == 0 and cuda:
                 torch.cuda.synchronize(self.device)
             now = time.perf_counter()
@@ -331,10 +355,12 @@ class LocalTrainer:
         return True
 
     def _batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        resumed = self._loaded_rng is not None
         now, self._loaded_rng = self._loaded_rng or self._rng_state(), None
         if self.position == 0:
             self._epoch_start = now
-        return batches_from(loader, self.epoch, self.position, self._epoch_start, now, self._generators)
+        start = self._epoch_start
+        return batches_from(loader, self.epoch, self.position, start, now, self._generators, resumed=resumed)
 
     def _finish_epoch(self, val_loader: Iterable[Batch] | None) -> None:
         if self._totals.images == 0:
@@ -371,7 +397,7 @@ class LocalTrainer:
                 with self._autocast():
                     logits = self.model(images)
                     loss = self._criterion(logits, targets)
-                totals.add(loss, logits, targets, self._ignored)
+                totals.add(loss, logits, targets, self._answers)
         if totals.images == 0:
             raise ValueError("the loader gave no batch to evaluate")
         return totals
@@ -406,11 +432,14 @@ class LocalTrainer:
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.
 
+        Args:
+            path: the checkpoint, or the folder that ``fit`` wrote it to.
+
         Raises:
             FileNotFoundError: there is none.
             CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
         """
-        state = checkpoint.read(path)
+        state = checkpoint.read(Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else path)
         checkpoint.check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
         totals, start, rng = (state[part][self._ranks.rank] for part in ("totals", "epoch_start", "rng"))
         self.model.load_state_dict(state["model"])

@@ -128,6 +128,33 @@ def test_resuming_is_exact(tmp_path: Path, kind: str, rule: str, order: str, for
     assert_equal(whole, second)
 
 
+@pytest.mark.parametrize("stop", [2, 5, 7, 10])  # in the first epoch, at its end, in the second, at its end
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_resuming_with_workers_that_persist(tmp_path: Path, stop: int) -> None:
+    """They draw a random number of the loader's before the first epoch, and not again."""
+
+    def loader() -> DataLoader:
+        data = make_loader("global").dataset
+        return DataLoader(data, batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
+
+    class Stop(Exception):
+        pass
+
+    def crash(trainer, result) -> None:
+        if trainer.epoch * 5 + trainer.position == stop:
+            trainer.save(tmp_path / "checkpoint.pt")
+            raise Stop
+
+    whole, first, second = make_trainer("dgl"), make_trainer("dgl"), make_trainer("dgl", seed=9)
+    seed_everything()
+    whole.fit(loader(), 3)
+    seed_everything()
+    with pytest.raises(Stop):
+        first.fit(loader(), 3, on_step=crash)
+    second.fit(loader(), 3, resume=tmp_path)
+    assert_equal(whole, second)
+
+
 def test_resuming_at_an_epochs_end_is_exact(tmp_path: Path) -> None:
     whole, first, second = make_trainer(), make_trainer(), make_trainer(seed=9)
     seed_everything()

@@ -201,6 +201,8 @@ class TestErrors:
             ("train --warmup 10 --epochs 10", "has to be shorter than the run"),
             ("train --warmup 3 --epochs 3 --schedule-every step --limit 256", "the warm-up takes 3 of 3 epochs"),
             ("train --optimizer rprop --weight-decay 0", "Rprop has no argument 'weight_decay'"),
+            ("train --optimizer adam --optimizer-arg lr=3", "lr has an option of its own: give --lr"),
+            ("train --optimizer-arg weight_decay=0", "weight_decay has an option of its own: give --weight-decay"),
             (
                 "train --limit 64 --image-size 8 --model timm/convnext_atto",
                 r"timm/convnext_atto cannot be made for images of 8x8 \(.*\): choose another --image-size or --model",

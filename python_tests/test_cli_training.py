@@ -184,6 +184,13 @@ class TestTraining:
         assert main(["train", *TINY, "--epochs", "1", "--out", str(tmp_path / "run"), *words.split()]) == 0
         assert "epoch 1/1" in capsys.readouterr().out
 
+    def test_images_that_the_rule_cannot_use_are_the_users(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Which only the first step shows."""
+        words = [*TINY, "--epochs", "1", "--rule", "infopro", "--mean", "0.5,0.5,0.5", "--out", str(tmp_path / "run")]
+        assert "the decoder needs images with values between 0 and 1" in refused(capsys, "train", *words)
+
     def test_a_vision_transformer_is_made_for_the_size_of_the_images(self, tmp_path: Path) -> None:
         pytest.importorskip("timm")
         words = "--model timm/vit_tiny_patch16_224 --image-size 32 --rule e2e --limit 4 --batch-size 4 --epochs 1"

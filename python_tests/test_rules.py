@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from naive_local import Adam, Naive, Sgd
+from torch import nn
+from torch.nn.utils import parametrizations
 
 from manpp_kernels.local import make_rule, partition, rule_names
 from manpp_kernels.local.auxiliary import ParameterTransform
@@ -187,6 +192,34 @@ def test_initial_values_of_copies(init: str) -> None:
     for twin in (transform.lb, transform.ema):
         assert torch.equal(twin.conv1.weight, model.layer1[0].conv1.weight) == (init == "copy")
         assert twin.conv1.weight.data_ptr() != model.layer1[0].conv1.weight.data_ptr()
+
+
+@pytest.mark.parametrize("computed", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_fresh_copies_of_weights_that_are_computed(computed: Callable[[nn.Module], nn.Module]) -> None:
+    def conv() -> nn.Module:
+        return computed(nn.Conv2d(8, 8, 3, padding=1))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), conv(), nn.ReLU(), conv(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    for init in ("fresh", "copy"):
+        options = {"lb_init": init, "ema_init": init}
+        trainer = LocalTrainer(copy.deepcopy(model), TrainerConfig(rule_options=options), example=(3, 8, 8))
+        transform = trainer.network.blocks[0].auxiliary.transform
+        for twin in (transform.lb[0], transform.ema[0]):
+            source = dict(model[2].named_parameters())
+            for name, value in twin.named_parameters():
+                assert torch.equal(value, source[name]) == (init == "copy"), name
+            assert twin.weight.std() > 0.01
+        trainer.step((torch.rand(4, 3, 8, 8), torch.arange(4)))
+
+
+def test_weights_computed_by_hooks_cannot_be_drawn_anew() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        convs = [nn.utils.weight_norm(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), convs[0], convs[1], nn.Flatten(), nn.Linear(8 * 36, 4))
+    with pytest.raises(ValueError, match=r"cannot be drawn anew; use those of torch\.nn\.utils\.parametrizations"):
+        LocalTrainer(model, TrainerConfig(), example=(3, 8, 8))
 
 
 def test_copies_keep_no_running_statistics() -> None:

@@ -25,6 +25,10 @@ def test_answers() -> None:
     assert answers(logits, torch.tensor([0, 1, -100, 3]), -100) == (2, 3)
     assert answers(logits, torch.tensor([0, 1, 2, 3]), 0) == (2, 3)  # a class that is ignored, and predicted
     assert answers(logits, torch.eye(4)[[0, 1, 2, 3]]) == (3, 4)
+    # Rows that are no probabilities do not count, nor any where floating-point targets are something else.
+    mixed = torch.tensor([[0.5, 0.5, 0, 0], [1.0, 1, 0, 0], [0, 0, 0.9, 0.1], [2.0, 0, 0, -1]])
+    assert answers(logits, mixed) == (2, 2)
+    assert answers(logits, mixed, probabilities=False) == (0, 0)
     # Neither several labels an image, nor numbers to be met, are right or wrong.
     assert answers(logits, torch.ones(4, 4, dtype=torch.int64)) == (0, 0)
     assert answers(logits, torch.ones(4)) == (0, 0)
@@ -43,6 +47,19 @@ def test_ignored_labels_are_neither_refused_nor_counted() -> None:
         local.step((images, targets.clamp(min=-2) - (targets == -1).long()))
 
 
+def test_cross_entropy_ignores_what_pytorchs_own_does() -> None:
+    images, targets = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, -100, 2, -100, 3])
+    expected = None
+    for criterion in (nn.CrossEntropyLoss(), None, nn.functional.cross_entropy):
+        local = trainer(criterion)
+        losses = local.step((images, targets)).losses
+        expected = losses if expected is None else expected
+        torch.testing.assert_close(losses, expected)
+        accuracy = local.evaluate([(images, targets)])["accuracy"]
+        assert accuracy is not None
+        assert accuracy * 4 == round(accuracy * 4)
+
+
 @pytest.mark.parametrize(
     ("criterion", "classes", "targets"),
     [
@@ -53,9 +70,20 @@ def test_ignored_labels_are_neither_refused_nor_counted() -> None:
         ),
         (lambda logits, t: nn.functional.mse_loss(logits.flatten(), t), 1, torch.rand(4)),
         (nn.BCEWithLogitsLoss(), 1, torch.rand(4, 1)),
+        (nn.BCEWithLogitsLoss(), 4, torch.eye(4)),
+        (nn.MSELoss(), 4, torch.eye(4)),
+        (lambda logits, t: nn.functional.mse_loss(logits, t), 4, torch.rand(4, 4) + 1),
         (lambda logits, t: nn.functional.cross_entropy(logits, t % 4), 4, torch.tensor([4, 5, 6, 7])),
     ],
-    ids=["several labels", "a number", "one probability", "numbers of its own"],
+    ids=[
+        "several labels",
+        "a number",
+        "one probability",
+        "one label of several",
+        "numbers",
+        "a function",
+        "own classes",
+    ],
 )
 def test_targets_that_are_the_criterions_alone(criterion, classes: int, targets: torch.Tensor) -> None:
     local = trainer(criterion, classes=classes)

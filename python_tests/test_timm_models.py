@@ -12,6 +12,7 @@ from torch import nn
 from manpp_kernels.cli.parsing import UserError
 from manpp_kernels.cli.training import build_model
 from manpp_kernels.local import adapt, partition
+from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
 timm = pytest.importorskip("timm")
@@ -68,6 +69,40 @@ def test_a_model_comes_apart_and_is_trained_whole(name: str) -> None:
     assert len(result.losses) == len(trainer.network) > 2
     assert [k for k, v in model.named_parameters() if torch.equal(v, before[k])] == []
     assert list(trainer.export_state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "convnext"])
+@pytest.mark.parametrize("rule", ["e2e", "man++"])
+def test_gradient_checkpointing_keeps_less_and_computes_the_same(rule: str, name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    images, labels = torch.rand(6, *example(model), dtype=torch.float64), torch.randint(0, 5, (6,))
+    peaks, trained = [], []
+    for recomputed in (False, True):
+        copied = copy.deepcopy(model)
+        copied.set_grad_checkpointing(recomputed)
+        # Running statistics are updated once more where a unit runs once more; they are no part of a training step.
+        torch.manual_seed(1)
+        options = {"form": "parameter"} if rule == "man++" else None
+        trainer = LocalTrainer(
+            copied,
+            TrainerConfig(rule=rule, rule_options=options, blocks=1 if rule == "e2e" else 2),
+            example=example(model),
+        )
+        with SavedTensorMeter(trainer.persistent_tensors()) as meter:
+            trainer.step((images, labels))
+        peaks.append(meter.peak_bytes)
+        trained.append(dict(copied.named_parameters()))
+    assert peaks[1] < peaks[0]
+    for key, value in trained[0].items():
+        torch.testing.assert_close(trained[1][key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_with_a_head_for_distillation() -> None:
+    deit = timm.models.deit.VisionTransformerDistilled
+    model = deit(img_size=8, patch_size=4, embed_dim=8, depth=4, num_heads=2, num_classes=5)
+    with pytest.raises(TypeError, match=r"VisionTransformerDistilled has a second head.*take the model without"):
+        adapt(model)
 
 
 def test_units_carry_the_names_of_the_state_dict() -> None:

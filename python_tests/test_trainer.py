@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -373,6 +374,42 @@ def test_wrong_class_counts_and_batches() -> None:
             empty([])
     with pytest.raises(ValueError, match="resume=True continues from checkpoint_dir"):
         trainer.fit(loader(), 1, resume=True)
+
+
+def test_parts_that_alone_are_in_evaluation_mode_stay_in_it() -> None:
+    """A frozen batch normalisation keeps its statistics, as in plain PyTorch."""
+    trainer = small_trainer()
+    norm = trainer.model.bn1
+    norm.requires_grad_(False).eval()
+    before = copy.deepcopy(norm.state_dict())
+    trainer.fit([batch(), batch()], 2, val_loader=[batch()])
+    assert not norm.training
+    assert trainer.model.layer1[0].bn1.training
+    assert all(torch.equal(value, norm.state_dict()[key]) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: LocalTrainer(nn.Sequential(nn.ReLU()), example=(3, 8, 8)), ValueError, "Sequential has no parameters"),
+        (
+            lambda: LocalTrainer(small_model(), {"rule": "dgl"}, example=(3, 8, 8)),  # type: ignore[arg-type]
+            TypeError,
+            "config has to be a TrainerConfig, and is dict",
+        ),
+        (lambda: TrainerConfig(accumulate="2"), TypeError, "accumulate has to be a number of micro-batches"),  # type: ignore[arg-type]
+        (
+            lambda: LocalTrainer(small_model(), example=(3, 8, 8), optimizer=torch.optim.LBFGS),
+            TypeError,
+            "LBFGS needs closure, and the trainer calls it without arguments",
+        ),
+        (lambda: small_trainer().step({"image": batch()[0]}), TypeError, "two tensors, and is dict"),  # type: ignore[arg-type]
+        (lambda: small_trainer().step((*batch(), 3)), TypeError, "two tensors, and is Tensor, Tensor, int"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_another_kind(make: Callable[[], object], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        make()
 
 
 def test_checkpoints_every_few_steps_need_a_place() -> None:

@@ -53,9 +53,12 @@ def optimizer_factory(
         near = did_you_mean(name, OPTIMIZERS)
         raise UserError(f"there is no optimizer {name!r}{near}; there are {', '.join(sorted(OPTIMIZERS))}")
     kind = OPTIMIZERS[name]
+    for argument in arguments:
+        if argument in ("lr", "weight_decay"):
+            raise UserError(f"{argument} has an option of its own: give --{argument.replace('_', '-')}")
     options = {**_ARGUMENTS.get(name, {}), **arguments}
     if weight_decay is not None:
-        options.setdefault("weight_decay", weight_decay)
+        options["weight_decay"] = weight_decay
     if lr is not None:
         options["lr"] = lr
     known = [parameter for parameter in inspect.signature(kind).parameters if parameter != "params"]

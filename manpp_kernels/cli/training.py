@@ -27,7 +27,7 @@ from manpp_kernels.cli.settings import Settings
 from manpp_kernels.cli.summary import summary
 from manpp_kernels.data import DataError, ImageData, evaluation_loader, load, training_loader
 from manpp_kernels.local.rules import with_normalization
-from manpp_kernels.local.targets import Criterion
+from manpp_kernels.local.targets import BatchError, Criterion
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
 
@@ -122,7 +122,7 @@ def train(
             )
         except torch.OutOfMemoryError as error:
             raise UserError(_NO_MEMORY) from error
-        except DataError as error:
+        except (DataError, BatchError) as error:
             raise UserError(str(error)) from error
     plot_curves({settings.trainer.rule: history}, folder / "curves.png")
     export_weights(trainer.model, folder / "model.safetensors")

@@ -19,6 +19,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from manpp_kernels.local.partition import Partition, Segment
 from manpp_kernels.local.targets import Criterion
@@ -149,13 +152,13 @@ def copy_unit(unit: nn.Module, init: Init, fresh: Callable[[nn.Module], None], *
         trainable: whether the copy's parameters require grad.
 
     Raises:
-        ValueError: an unknown ``init``.
+        ValueError: an unknown ``init``, or a weight that cannot be drawn anew.
     """
     if init not in INITS:
         raise ValueError(f"the initial values of a copied unit have to be one of {', '.join(INITS)}, not {init!r}")
     twin = copy.deepcopy(unit).train()
     if init == "fresh":
-        fresh(twin)
+        _initialise(twin, fresh)
     for m in twin.modules():
         if isinstance(m, nn.modules.batchnorm._NormBase):
             m.track_running_stats = False
@@ -164,6 +167,53 @@ def copy_unit(unit: nn.Module, init: Init, fresh: Callable[[nn.Module], None], *
         p.grad = None
         p.requires_grad_(trainable)
     return twin
+
+
+_HOOKS = (WeightNorm, SpectralNorm)
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module, fresh: Callable[[nn.Module], None]) -> None:
+    """Draw the parameters of ``module`` anew by ``fresh``, also weights that are computed from others."""
+    if any(isinstance(hook, _HOOKS) for m in module.modules() for hook in m._forward_pre_hooks.values()):
+        raise ValueError(
+            "a weight computed by torch.nn.utils.weight_norm or spectral_norm cannot be drawn anew; use those of "
+            "torch.nn.utils.parametrizations, or initial values that are a 'copy'"
+        )
+    computed = [(key, m) for key, m in module.named_modules() if parametrize.is_parametrized(m)]
+    if not computed:
+        fresh(module)
+        return
+    # On a copy that holds the weights themselves, from which each is set here by way of what it is computed from.
+    plain = copy.deepcopy(module)
+    for key, m in computed:
+        _hold_weights(plain.get_submodule(key), list(m.parametrizations))
+    fresh(plain)
+    own = dict(module.named_parameters())
+    for name, value in plain.named_parameters():
+        if name in own:
+            own[name].copy_(value)
+    for key, m in computed:
+        for name in m.parametrizations:
+            try:
+                setattr(m, name, getattr(plain.get_submodule(key), name).detach())
+            except (NotImplementedError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"{key}.{name} is computed in a way that cannot be set to a value ({error}); use initial values "
+                    "that are a 'copy'"
+                ) from error
+
+
+def _hold_weights(module: nn.Module, names: list[str]) -> None:
+    """Put weights in the place of their parametrizations.
+
+    Not by ``remove_parametrizations``, which takes the property from a class that the module shares with its copies.
+    """
+    weights = [getattr(module, name).detach().clone() for name in names]
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, weight in zip(names, weights, strict=True):
+        module.register_parameter(name, nn.Parameter(weight))
 
 
 class EmaTransform(nn.Module):

@@ -78,6 +78,8 @@ class TrainerConfig:
         choose("order", self.order, ("published", "unlocked"))
         choose("schedule", self.schedule, ("epoch", "step"))
         choose("amp", self.amp, tuple(AMP_DTYPES))
+        if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool):
+            raise TypeError(f"accumulate has to be a number of micro-batches, and is {self.accumulate!r}")
         if self.accumulate < 1:
             raise ValueError(f"accumulate has to be 1 or more, and is {self.accumulate}")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -99,6 +101,27 @@ class TrainerConfig:
         )
 
 
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise where the trainer does not know how to step an optimizer."""
+    for optimizer in optimizers:
+        needed = _needed(optimizer.step)
+        if needed:
+            raise TypeError(
+                f"the step method of {type(optimizer).__name__} needs {', '.join(needed)}, and the trainer calls it "
+                "without arguments, once a step; use another optimizer"
+            )
+
+
+def _needed(method: Callable[..., Any]) -> list[str]:
+    """The arguments without which ``method`` cannot be called."""
+    return [
+        parameter.name
+        for parameter in inspect.signature(method).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+
+
 def check_schedulers(schedulers: Sequence[Any], schedule: str) -> None:
     """Raise where the trainer does not know how to step a scheduler."""
     for scheduler in schedulers:
@@ -109,12 +132,7 @@ def check_schedulers(schedulers: Sequence[Any], schedule: str) -> None:
                     f"{name} looks at the loss of an epoch; set schedule to 'epoch', and it is {schedule!r}"
                 )
             continue
-        needed = [
-            parameter.name
-            for parameter in inspect.signature(scheduler.step).parameters.values()
-            if parameter.default is parameter.empty
-            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        ]
+        needed = _needed(scheduler.step)
         if needed:
             raise TypeError(
                 f"the step method of the scheduler {name} needs {', '.join(needed)}, and the trainer calls it without "

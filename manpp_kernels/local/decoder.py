@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from manpp_kernels.local.features import describe, to_map
+from manpp_kernels.local.targets import BatchError
 from manpp_kernels.models.cifar_resnet import init_weights
 
 # Images of 16-bit precision, and rounding when a normalisation is undone, pass the ends of [0, 1] by less than this.
@@ -74,13 +75,13 @@ class Decoder(nn.Module):
         """The images with values in [0, 1].
 
         Raises:
-            ValueError: they lie elsewhere. Looked at in the first step only, as looking waits for the device.
+            BatchError: they lie elsewhere. Looked at in the first step only, as looking waits for the device.
         """
         wanted = images * self.std + self.mean
         if not self._checked:
             low, high = wanted.min().item(), wanted.max().item()
             if low < -_SLACK or high > 1 + _SLACK:
-                raise ValueError(
+                raise BatchError(
                     f"the decoder needs images with values between 0 and 1, and these lie between {low:.3g} and "
                     f"{high:.3g}; set the options mean and std of the rule infopro to what the images were normalised "
                     "with"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manpp_kernels import checkpoint
-from manpp_kernels.local.targets import answers
+from manpp_kernels.local.targets import Answers
 
 
 @dataclass
@@ -30,11 +30,11 @@ class EpochTotals:
     timed_steps: int = 0
     peak_memory: int = 0
 
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, ignored: int | None = None) -> None:
-        """One step: its mean loss, logits (N, C), and targets; see :func:`manpp_kernels.local.targets.answers`."""
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, answers: Answers) -> None:
+        """One step: its mean loss, logits (N, C), targets, and how those are scored."""
         self.images += len(logits)
         self.loss = self.loss + loss.double() * len(logits)
-        right, answered = answers(logits, targets.to(logits.device, non_blocking=True), ignored)
+        right, answered = answers(logits, targets.to(logits.device, non_blocking=True))
         self.correct, self.answered = self.correct + right, self.answered + answered
 
     def tick(self, seconds: float, *, timed: bool, steps: int = 1) -> None:
@@ -77,16 +77,22 @@ def batches_from(
     start: dict[str, Any] | None,
     now: dict[str, Any],
     generators: Sequence[torch.Generator],
+    *,
+    resumed: bool = False,
 ) -> Iterator[Any]:
     """The batches of an epoch from number ``position`` on, as if those before had just been used.
 
     The loader is started again with the generators as they were at the epoch's ``start``, so that it draws the same
     order; the batches already used are drawn and dropped; then the generators are put where they were ``now``.
+    ``resumed`` says that the epochs before were those of another process.
     """
     for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         set_epoch = getattr(owner, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
+    if resumed and epoch > 0 and getattr(loader, "persistent_workers", False) and loader._iterator is None:  # type: ignore[attr-defined]
+        # Its workers were there before this epoch, and with them the random number that the loader draws for them.
+        iter(loader)
     if position == 0 or start is None:
         checkpoint.set_rng_state(now, generators)
         yield from loader

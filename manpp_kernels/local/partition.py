@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels.local.memory import saved_bytes_of
-from manpp_kernels.local.parts import Parts, adapt
+from manpp_kernels.local.parts import Parts, Recomputed, adapt
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,7 @@ class evaluating:
 def modules_of(partition: Partition, block: int) -> Iterator[nn.Module]:
     """The modules of one block in order, the head included for the last."""
     for i in partition.blocks[block]:
-        yield partition.segments[i].module
+        unit = partition.segments[i].module
+        yield Recomputed(unit) if partition.parts.recomputed and i > 0 else unit
     if block == len(partition) - 1:
         yield partition.parts.head

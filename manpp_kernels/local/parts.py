@@ -16,7 +16,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from manpp_kernels.models import cifar_resnet
 
@@ -44,12 +46,27 @@ class Parts:
         units: the residual or transformer blocks in order, by the names that boundaries are given in.
         head: from the last unit's output to logits (N, num_classes).
         init: initialises a fresh copy of a unit in place, as the model's own constructor does.
+        recomputed: whether the units keep no activations, and run once more in the backward pass (a local block then
+            trains them so; copies of a unit in an auxiliary network keep theirs).
     """
 
     stem: nn.Module
     units: Mapping[str, nn.Module]
     head: nn.Module
     init: Callable[[nn.Module], None] = reset_parameters
+    recomputed: bool = False
+
+
+class Recomputed(nn.Module):
+    """A unit that runs once more in the backward pass: activation checkpointing."""
+
+    def __init__(self, unit: nn.Module) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.unit, x, use_reentrant=False) if torch.is_grad_enabled() else self.unit(x)
+        return result
 
 
 @functools.singledispatch

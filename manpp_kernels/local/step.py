@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manpp_kernels.local.targets import BatchError
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -42,15 +44,18 @@ class StepSums:
 
 
 def check_batch(batch: Batch, accumulate: int, blocks: int) -> None:
-    """Raise ValueError where images and targets do not fit the network or each other."""
+    """Raise where images and targets do not fit the network or each other."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+        kinds = ", ".join(type(t).__name__ for t in batch) if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TypeError(f"a batch has to be images and targets, two tensors, and is {kinds}")
     images, targets = batch
     if not images.is_floating_point():
-        raise ValueError(f"images have to be of a floating dtype, and are {images.dtype}; scale and normalise them")
+        raise BatchError(f"images have to be of a floating dtype, and are {images.dtype}; scale and normalise them")
     if len(images) != len(targets):
-        raise ValueError(f"there are {len(images)} images and {len(targets)} targets")
+        raise BatchError(f"there are {len(images)} images and {len(targets)} targets")
     least = len(images) // accumulate
     if least < (2 if blocks > 1 else 1):
-        raise ValueError(
+        raise BatchError(
             f"a batch of {len(images)} in {accumulate} micro-batches leaves {least} images for one, and the batch "
             "normalisation of the local heads needs 2; drop a smaller last batch (drop_last=True)"
         )

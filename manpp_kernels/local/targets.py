@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
+class BatchError(ValueError):
+    """A batch does not fit the network or what was asked of it."""
+
+
 Criterion = Callable[[Tensor, Tensor], Tensor]
+Answers = Callable[[Tensor, Tensor], tuple[Tensor | int, Tensor | int]]
 
 
 def make_criterion(criterion: Criterion | None, label_smoothing: float, device: torch.device) -> Criterion:
@@ -31,37 +37,65 @@ def make_criterion(criterion: Criterion | None, label_smoothing: float, device: 
     return functools.partial(criterion.to(device))
 
 
+_OF_CLASSES = (F.cross_entropy, F.nll_loss)
+
+
 def takes_class_numbers(criterion: Criterion | None) -> bool:
     """Whether integer targets are known to be class numbers: of other criteria the package knows nothing."""
-    return criterion is None or isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
+    return criterion is None or criterion in _OF_CLASSES or isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
+
+
+def ignored_label(criterion: Criterion | None) -> int | None:
+    """The class number of targets that do not count, where the criterion has one."""
+    default = -100 if criterion is None or criterion in _OF_CLASSES else None
+    ignored: int | None = getattr(criterion, "ignore_index", default)
+    return ignored
+
+
+# Criteria whose floating-point targets are no probabilities of classes.
+_OF_NUMBERS = (
+    nn.BCELoss | nn.BCEWithLogitsLoss | nn.MultiLabelSoftMarginLoss | nn.MSELoss | nn.L1Loss | nn.SmoothL1Loss
+    | nn.HuberLoss | nn.PoissonNLLLoss
+)  # fmt: skip
+
+
+def answers_to(criterion: Criterion | None) -> Answers:
+    """How predictions are scored under a criterion; see :func:`answers`."""
+    return functools.partial(
+        answers, ignored=ignored_label(criterion), probabilities=not isinstance(criterion, _OF_NUMBERS)
+    )
 
 
 def check_labels(targets: Tensor, classes: int, ignored: int | None) -> None:
-    """Raise ValueError where class numbers do not fit the model's output."""
+    """Raise where class numbers do not fit the model's output."""
     if ignored is not None:
         targets = targets[targets != ignored]
     if targets.is_floating_point() or targets.numel() == 0:
         return
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:
-        raise ValueError(
+        raise BatchError(
             f"labels lie between {low} and {high}, and the model has {classes} classes (0 to {classes - 1}); give the "
             "model as many outputs as there are classes"
         )
 
 
-def answers(logits: Tensor, targets: Tensor, ignored: int | None = None) -> tuple[Tensor | int, Tensor | int]:
+def answers(
+    logits: Tensor, targets: Tensor, ignored: int | None = None, *, probabilities: bool = True
+) -> tuple[Tensor | int, Tensor | int]:
     """How many predictions are right, and of how many, without waiting for the device.
 
-    Targets are class numbers (N,), of which those equal to ``ignored`` do not count, or class probabilities (N, C).
-    Of any other targets nothing is right or wrong: 0 of 0.
+    Targets are class numbers (N,), of which those equal to ``ignored`` do not count, or (where floating-point targets
+    are ``probabilities``) of classes (N, C): those rows count that are none below 0 and sum to 1. Of any other targets
+    nothing is right or wrong: 0 of 0.
     """
     if logits.dim() != 2:
         return 0, 0
     if targets.is_floating_point():
-        if targets.shape != logits.shape or targets.shape[1] < 2:
+        if not probabilities or targets.shape != logits.shape or targets.shape[1] < 2:
             return 0, 0
-        return (logits.argmax(1) == targets.argmax(1)).sum(), len(targets)
+        counts = ((targets.sum(1) - 1).abs() < 0.01) & (targets >= 0).all(1)
+        return ((logits.argmax(1) == targets.argmax(1)) & counts).sum(), counts.sum()
     if targets.dim() != 1:
         return 0, 0
     right = logits.argmax(1) == targets

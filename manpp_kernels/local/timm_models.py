@@ -12,7 +12,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
-from manpp_kernels.local.parts import Parts, adapt, reset_parameters, staged_units
+from manpp_kernels.local.parts import Parts, Recomputed, adapt, reset_parameters, staged_units
 from manpp_kernels.models import cifar_resnet
 
 
@@ -24,6 +24,7 @@ def _(model: ResNet) -> Parts:
         staged_units(model, ["layer1", "layer2", "layer3", "layer4"]),
         nn.Sequential(model.global_pool, nn.Dropout(model.drop_rate or 0.0), model.fc),
         _init_residual_block,
+        recomputed=model.grad_checkpointing,
     )
 
 
@@ -38,13 +39,19 @@ def _init_residual_block(unit: nn.Module) -> None:
 
 @adapt.register
 def _(model: VisionTransformer) -> Parts:
+    if hasattr(model, "head_dist"):
+        raise TypeError(
+            f"{type(model).__name__} has a second head, for distillation, and local learning trains one; take the "
+            "model without (as deit_tiny_patch16_224)"
+        )
     # The first block joins the embedding, whose class token alone has not seen the image.
-    first, *others = model.blocks.named_children()
+    (_, first), *others = model.blocks.named_children()
     return Parts(
-        nn.Sequential(_Embedding(model), first[1]),
+        nn.Sequential(_Embedding(model), Recomputed(first) if model.grad_checkpointing else first),
         {f"blocks.{name}": unit for name, unit in others},
         _TokenHead(model),
         _init_transformer_block,
+        recomputed=model.grad_checkpointing,
     )
 
 
@@ -100,7 +107,13 @@ def _(model: ConvNeXt) -> Parts:
         if not isinstance(stage.downsample, nn.Identity):  # it belongs to the first block, whose name the two have
             first = f"stages.{name}.blocks.0"
             units[first] = nn.Sequential(stage.downsample, units[first])
-    return Parts(model.stem, units, nn.Sequential(model.norm_pre, model.head), _init_convnext_block)
+    return Parts(
+        model.stem,
+        units,
+        nn.Sequential(model.norm_pre, model.head),
+        _init_convnext_block,
+        recomputed=any(stage.grad_checkpointing for stage in stages.values()),
+    )
 
 
 @torch.no_grad()
