@@ -25,6 +25,12 @@ def test_the_sample_runs_as_printed(tmp_path: Path) -> None:
     assert re.fullmatch(r"\[(\d+\.\d+, ){3}\d+\.\d+\]\n", done.stdout)
 
 
+def test_the_sample_of_an_adapter_runs_as_printed(tmp_path: Path) -> None:
+    (sample,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", sample], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "4 local blocks\n"), done.stderr
+
+
 def test_the_commands_exist() -> None:
     words = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     asked = [w for w in words if w]

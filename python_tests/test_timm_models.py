@@ -32,6 +32,14 @@ def resnet(block: type[nn.Module] = timm.models.resnet.BasicBlock, **options) ->
     return timm.models.ResNet(block, (1, 2, 1, 1), channels=(8, 8, 8, 8), num_classes=5, **options)
 
 
+def resnet_v2(**options) -> nn.Module:
+    return timm.models.ResNetV2((1, 2, 1, 1), channels=(128,) * 4, stem_chs=32, num_classes=5, **options)
+
+
+def small(name: str, **options) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, num_classes=5, **options)
+
+
 BOTTLENECK = timm.models.resnet.Bottleneck
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet": resnet,
@@ -46,6 +54,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "convnext": convnext,
     "convnext v2": lambda: convnext(use_grn=True, ls_init_value=None, conv_mlp=True),
     "convnext, head norm last": lambda: convnext(head_norm_first=True, stem_type="overlap"),
+    "resnet v2": resnet_v2,
+    "resnet v2, no pre-activation": lambda: resnet_v2(preact=False, drop_rate=0.1),
+    "regnet": small("regnetx_002"),
+    "regnet, squeeze and excitation": small("regnety_002"),
+    "efficientnet": small("efficientnet_lite0"),
+    "efficientnet, dropouts": small("efficientnet_b0", drop_rate=0.1, drop_path_rate=0.1),
+    "mobilenet v3": small("mobilenetv3_small_050"),
+    "mobilenet v4": small("mobilenetv4_conv_small_050"),
 }
 
 
@@ -71,7 +87,7 @@ def test_a_model_comes_apart_and_is_trained_whole(name: str) -> None:
     assert list(trainer.export_state_dict()) == keys
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit", "convnext"])
+@pytest.mark.parametrize("name", ["resnet", "vit", "convnext", "resnet v2", "regnet", "mobilenet v3"])
 @pytest.mark.parametrize("rule", ["e2e", "man++"])
 def test_gradient_checkpointing_keeps_less_and_computes_the_same(rule: str, name: str) -> None:
     torch.manual_seed(0)
@@ -123,12 +139,20 @@ def test_a_copy_of_a_part_is_no_longer_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "weight"), [("resnet", "conv1.weight"), ("vit", "attn.qkv.weight"), ("convnext", "mlp.fc1.weight")]
+    ("name", "weight"),
+    [
+        ("resnet", "conv1.weight"),
+        ("vit", "attn.qkv.weight"),
+        ("convnext", "mlp.fc1.weight"),
+        ("resnet v2", "conv1.weight"),
+        ("regnet", "conv1.conv.weight"),
+        ("mobilenet v3", "conv.weight"),
+    ],
 )
 def test_a_fresh_copy_of_a_unit_is_drawn_as_timm_draws_it(name: str, weight: str) -> None:
     torch.manual_seed(0)
     wider = {"resnet": resnet, "vit": lambda: vit(embed_dim=64), "convnext": lambda: convnext(dims=(32,) * 4)}
-    parts = adapt(wider[name]())
+    parts = adapt(wider.get(name, MODELS[name])())
     unit = list(parts.units.values())[-1]
     fresh = copy.deepcopy(unit)
     parts.init(fresh)

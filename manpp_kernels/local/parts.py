@@ -83,7 +83,7 @@ def adapt(model: nn.Module) -> Parts:
             return adapt(model)
     raise TypeError(
         f"there is no adapter for {type(model).__name__}; register a function that returns its stem, units and head: "
-        "@manpp_kernels.local.adapt.register"
+        "@manpp_kernels.local.adapt.register (docs/models.md shows one)"
     )
 
 
@@ -120,14 +120,7 @@ def _(model: nn.Sequential) -> Parts:
     """Every child with parameters that is not a norm starts a group, which the norms, activations and pools after it
     join. The first group is the stem, the last is the head, with the pooling, flattening and dropout right before it.
     """
-    groups: list[list[tuple[str, nn.Module]]] = []
-    for name, child in model._modules.items():  # named_children() leaves out a module that comes a second time
-        if child is None:
-            continue
-        starts = any(True for _ in child.parameters()) and not isinstance(child, _NORMS)
-        if not groups or (starts and _has_parameters(groups[-1])):
-            groups.append([])
-        groups[-1].append((name, child))
+    groups = layer_groups(model)
     if len(groups) < 2:
         raise ValueError(
             f"the nn.Sequential has {len(groups)} layers with parameters; local learning needs a stem, units and a head"
@@ -137,6 +130,19 @@ def _(model: nn.Sequential) -> Parts:
     stem, *units, head = (nn.Sequential(*(child for _, child in group)) for group in groups)
     names = [group[0][0] for group in groups[1:-1]]
     return Parts(stem, dict(zip(names, units, strict=True)), head)
+
+
+def layer_groups(model: nn.Sequential) -> list[list[tuple[str, nn.Module]]]:
+    """Every child with parameters that is not a norm, with the norms, activations and pools after it, by name."""
+    groups: list[list[tuple[str, nn.Module]]] = []
+    for name, child in model._modules.items():  # named_children() leaves out a module that comes a second time
+        if child is None:
+            continue
+        starts = any(True for _ in child.parameters()) and not isinstance(child, _NORMS)
+        if not groups or (starts and _has_parameters(groups[-1])):
+            groups.append([])
+        groups[-1].append((name, child))
+    return groups
 
 
 def _has_parameters(group: list[tuple[str, nn.Module]]) -> bool:

@@ -1,4 +1,5 @@
-"""timm's models as stem, units and head: ResNet, VisionTransformer, ConvNeXt, and what derives from them."""
+"""timm's models as stem, units and head: ResNet and its second version, RegNet, EfficientNet, MobileNetV3, ConvNeXt,
+VisionTransformer, and what derives from them."""
 
 from __future__ import annotations
 
@@ -6,13 +7,18 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-import torch
+from timm.models._efficientnet_builder import efficientnet_init_weights
 from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.regnet import RegNet
 from timm.models.resnet import ResNet
+from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
 from manpp_kernels.local.parts import Parts, Recomputed, adapt, reset_parameters, staged_units
+from manpp_kernels.local.torchvision_models import init_convnext_block
 from manpp_kernels.models import cifar_resnet
 
 
@@ -49,7 +55,7 @@ def _(model: VisionTransformer) -> Parts:
     return Parts(
         nn.Sequential(_Embedding(model), Recomputed(first) if model.grad_checkpointing else first),
         {f"blocks.{name}": unit for name, unit in others},
-        _TokenHead(model),
+        nn.Sequential(model.norm, _Head(model, ["attn_pool", "fc_norm", "head_drop", "head"])),
         _init_transformer_block,
         recomputed=model.grad_checkpointing,
     )
@@ -68,20 +74,20 @@ class _Embedding(nn.Module):
         return tokens
 
 
-class _TokenHead(nn.Module):
-    """Tokens (N, T, C) to logits."""
+class _Head(nn.Module):
+    """Features to logits, by the model's own ``forward_head``."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: nn.Module, children: Iterable[str]) -> None:
         super().__init__()
-        self.model = _with_only(model, ["norm", "attn_pool", "fc_norm", "head_drop", "head"])
-        self.model._parameters = {}  # the tokens and the position embedding are the embedding's
+        self.model: Any = _with_only(model, children)
+        self.model._parameters = {}  # a transformer's tokens and position embedding are the embedding's
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.model.forward_head(self.model.norm(tokens))
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.model.forward_head(features)
         return logits
 
 
-def _with_only(model: VisionTransformer, children: Iterable[str]) -> VisionTransformer:
+def _with_only(model: nn.Module, children: Iterable[str]) -> Any:
     """A shallow copy with some of the children: the model's own methods on the model's own parameters.
 
     How a vision transformer adds its position embedding and pools its tokens depends on a dozen settings, which only
@@ -111,17 +117,47 @@ def _(model: ConvNeXt) -> Parts:
         model.stem,
         units,
         nn.Sequential(model.norm_pre, model.head),
-        _init_convnext_block,
+        init_convnext_block,
         recomputed=any(stage.grad_checkpointing for stage in stages.values()),
     )
 
 
-@torch.no_grad()
-def _init_convnext_block(unit: nn.Module) -> None:
-    """As timm initialises a block, but for its layer scale, which stays what it is in the model."""
-    reset_parameters(unit)
-    for m in unit.modules():
-        if isinstance(m, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(m.weight, std=0.02)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+@adapt.register(EfficientNet)
+@adapt.register(MobileNetV3)
+def _(model: EfficientNet | MobileNetV3) -> Parts:
+    if isinstance(model, EfficientNet):
+        head = nn.Sequential(model.conv_head, model.bn2, _Head(model, ["global_pool", "classifier"]))
+    else:
+        children = ["global_pool", "conv_head", "norm_head", "act2", "flatten", "classifier"]
+        head = nn.Sequential(_Head(model, children))
+    return Parts(
+        nn.Sequential(model.conv_stem, model.bn1),
+        {f"blocks.{i}.{j}": unit for i, stage in model.blocks.named_children() for j, unit in stage.named_children()},
+        head,
+        efficientnet_init_weights,
+        recomputed=model.grad_checkpointing,
+    )
+
+
+@adapt.register
+def _(model: RegNet) -> Parts:
+    stages = ["s1", "s2", "s3", "s4"]
+    return Parts(
+        model.stem,
+        staged_units(model, stages),
+        nn.Sequential(model.final_conv, model.head),
+        _init_residual_block,
+        recomputed=any(getattr(model, stage).grad_checkpointing for stage in stages),
+    )
+
+
+@adapt.register
+def _(model: ResNetV2) -> Parts:
+    stages: dict[str, Any] = dict(model.stages.named_children())
+    return Parts(
+        model.stem,
+        {f"stages.{i}.blocks.{j}": unit for i, s in stages.items() for j, unit in s.blocks.named_children()},
+        nn.Sequential(model.norm, model.head),
+        _init_residual_block,
+        recomputed=any(stage.grad_checkpointing for stage in stages.values()),
+    )

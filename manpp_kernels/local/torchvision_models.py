@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet, VisionTransformer
+from torchvision.models import (
+    VGG,
+    AlexNet,
+    ConvNeXt,
+    DenseNet,
+    EfficientNet,
+    MobileNetV2,
+    MobileNetV3,
+    RegNet,
+    ResNet,
+    VisionTransformer,
+)
 
-from manpp_kernels.local.parts import Parts, adapt, staged_units
+from manpp_kernels.local.parts import Parts, adapt, layer_groups, reset_parameters, staged_units
 from manpp_kernels.models import cifar_resnet
 
 
@@ -69,3 +80,87 @@ def init_encoder_block(module: nn.Module) -> None:
         elif type(m) is nn.Linear:
             nn.init.xavier_uniform_(m.weight)
             nn.init.normal_(m.bias, std=1e-6)
+
+
+@adapt.register(MobileNetV2)
+@adapt.register(MobileNetV3)
+@adapt.register(EfficientNet)
+def _(model: MobileNetV2 | MobileNetV3 | EfficientNet) -> Parts:
+    """Inverted residual blocks between a first convolution and a last one, which are stem and head."""
+    (_, stem), *middle, (_, last) = model.features.named_children()
+    units: dict[str, nn.Module] = {}
+    for name, child in middle:
+        blocks = child.named_children() if isinstance(model, EfficientNet) else [("", child)]
+        units |= {f"features.{name}.{block}".rstrip("."): unit for block, unit in blocks}
+    pool = nn.AdaptiveAvgPool2d(1) if isinstance(model, MobileNetV2) else model.avgpool
+    return Parts(stem, units, nn.Sequential(last, pool, nn.Flatten(), model.classifier), cifar_resnet.init_weights)
+
+
+@adapt.register
+def _(model: ConvNeXt) -> Parts:
+    (_, stem), *others = model.features.named_children()
+    units: dict[str, nn.Module] = {}
+    downsample: list[nn.Module] = []  # belongs to the first block after it, whose name the two have
+    for name, child in others:
+        if not isinstance(child[0], nn.LayerNorm):
+            for block, unit in child.named_children():
+                units[f"features.{name}.{block}"] = nn.Sequential(*downsample, unit) if downsample else unit
+                downsample = []
+        else:
+            downsample = [child]
+    return Parts(stem, units, nn.Sequential(model.avgpool, model.classifier), init_convnext_block)
+
+
+@torch.no_grad()
+def init_convnext_block(unit: nn.Module) -> None:
+    """As the constructors of torchvision and timm initialise one, but for its layer scale, which stays as it is."""
+    reset_parameters(unit)
+    for m in unit.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+@adapt.register(VGG)
+@adapt.register(AlexNet)
+def _(model: VGG | AlexNet) -> Parts:
+    """Every convolution with what follows it; the layers after the last pooling are the head."""
+    stem, *groups = ([child for _, child in group] for group in layer_groups(model.features))
+    names = [f"features.{group[0][0]}" for group in layer_groups(model.features)[1:]]
+    units = {name: nn.Sequential(*group) for name, group in zip(names, groups, strict=True)}
+    head = nn.Sequential(model.avgpool, nn.Flatten(), model.classifier)
+    init = cifar_resnet.init_weights if isinstance(model, VGG) else reset_parameters
+    return Parts(nn.Sequential(*stem), units, head, init)
+
+
+@adapt.register
+def _(model: RegNet) -> Parts:
+    stages = {f"trunk_output.{name}": stage for name, stage in model.trunk_output.named_children()}
+    units = {f"{name}.{block}": unit for name, stage in stages.items() for block, unit in stage.named_children()}
+    return Parts(model.stem, units, nn.Sequential(model.avgpool, nn.Flatten(), model.fc), cifar_resnet.init_weights)
+
+
+@adapt.register
+def _(model: DenseNet) -> Parts:
+    """Dense blocks, each with the transition after it."""
+    stem: list[nn.Module] = []
+    units: dict[str, nn.Sequential] = {}
+    for name, child in model.features.named_children():
+        if name.startswith("denseblock"):
+            units[f"features.{name}"] = nn.Sequential(child)
+        elif name.startswith("transition"):
+            units[list(units)[-1]].append(child)
+        elif not units:
+            stem.append(child)
+    pool = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    head = nn.Sequential(model.features.norm5, *pool, model.classifier)
+    return Parts(nn.Sequential(*stem), units, head, init_dense_block)
+
+
+def init_dense_block(unit: nn.Module) -> None:
+    """As torchvision initialises one: He-normal convolutions (fan in)."""
+    reset_parameters(unit)
+    for m in unit.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
