@@ -104,7 +104,7 @@ class LocalTrainer:
         self._layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.model = model.to(self.device)
         blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
-        parts = partition(model, blocks, example=example, balance=config.balance)
+        parts = partition(model, blocks, example=example, balance=config.balance, recompute=config.recompute)
         self._criterion = make_criterion(criterion, config.label_smoothing, self.device)
         self._labels, self._ignored = takes_class_numbers(criterion), ignored_label(criterion)
         self._answers = answers_to(criterion)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def partition(
     *,
     example: Any,
     balance: str = "count",
+    recompute: bool = False,
 ) -> Partition:
     """Divide ``model`` into K local blocks.
 
@@ -87,6 +89,7 @@ def partition(
         balance: how a count is distributed. ``"count"``: as evenly as possible, where it does not come out even the
             later blocks have one segment more, as their activations are smaller. ``"memory"``: so that the most
             saved-activation bytes of any block's body, measured, are as few as possible.
+        recompute: the units run once more in the backward pass, and keep no activations until then.
 
     Raises:
         TypeError: there is no adapter for the model, or ``blocks`` is of no fitting type.
@@ -98,6 +101,8 @@ def partition(
     if balance != "count" and isinstance(blocks, Sequence):
         raise ValueError(f"balance {balance!r} distributes a number of blocks, and blocks gives the boundaries itself")
     parts = adapt(model)
+    if recompute:
+        parts = dataclasses.replace(parts, recomputed=True)
     names = ["stem", *parts.units]
     ends = None if blocks is None or isinstance(blocks, int) else _ends(blocks, names)
     count = len(names) if blocks is None else len(ends) if ends is not None else blocks

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,8 @@ class Parts:
         units: the residual or transformer blocks in order, by the names that boundaries are given in.
         head: from the last unit's output to logits (N, num_classes).
         init: initialises a fresh copy of a unit in place, as the model's own constructor does.
-        recomputed: whether the units keep no activations, and run once more in the backward pass (a local block then
-            trains them so; copies of a unit in an auxiliary network keep theirs).
+        recomputed: whether the units keep no activations, and run once more in the backward pass (copies of a unit in
+            an auxiliary network keep theirs).
     """
 
     stem: nn.Module
@@ -58,15 +59,36 @@ class Parts:
 
 
 class Recomputed(nn.Module):
-    """A unit that runs once more in the backward pass: activation checkpointing."""
+    """A unit that runs once more in the backward pass: activation checkpointing.
+
+    Its batch normalisations count a batch once, though they see it twice.
+    """
 
     def __init__(self, unit: nn.Module) -> None:
         super().__init__()
         self.unit = unit
+        self._norms = [m for m in unit.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = checkpoint(self.unit, x, use_reentrant=False) if torch.is_grad_enabled() else self.unit(x)
+        if not torch.is_grad_enabled():
+            return self.unit(x)  # type: ignore[no-any-return]
+        result: Tensor = checkpoint(self.unit, x, use_reentrant=False, context_fn=self._contexts)
         return result
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self._uncounted()
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        # Not without statistics: what a layer keeps for its backward pass has to be what it kept the first time.
+        before = [(m, m.momentum, m.num_batches_tracked) for m in self._norms]
+        for m in self._norms:
+            m.momentum, m.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for m, momentum, batches in before:
+                m.momentum, m.num_batches_tracked = momentum, batches
 
 
 @functools.singledispatch
