@@ -210,7 +210,8 @@ def ema_scale_update(
         generator: what stochastic rounding draws from, on ema's device; the default generator if None.
 
     Returns:
-        None, or with ``scale`` and ``bias`` the effective weights, a list of tensors like ``bias``.
+        None, or with ``scale`` and ``bias`` the effective weights, a list of tensors like ``bias``. Where gradients are
+        recorded they are not to be modified in place.
 
     Raises:
         TypeError: an entry is not a dense floating tensor, or momentum not a number.
