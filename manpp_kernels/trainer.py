@@ -105,6 +105,10 @@ class LocalTrainer:
         self.model = model.to(self.device)
         blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
         parts = partition(model, blocks, example=example, balance=config.balance, recompute=config.recompute)
+        if parts.parts.recomputed and (config.compile is not None or config.cuda_graphs):
+            raise ValueError(
+                "units that are recomputed (activation checkpointing) go with neither compile nor cuda_graphs"
+            )
         self._criterion = make_criterion(criterion, config.label_smoothing, self.device)
         self._labels, self._ignored = takes_class_numbers(criterion), ignored_label(criterion)
         self._answers = answers_to(criterion)

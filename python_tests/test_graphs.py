@@ -282,9 +282,7 @@ def test_a_step_that_cannot_be_captured_says_so_and_leaves_the_trainer_whole() -
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"schedule": "step"}, {"amp": "fp16"}, {"data_parallel": True}, {"recompute": True}], ids=str
-)
+@pytest.mark.parametrize("setting", [{"schedule": "step"}, {"amp": "fp16"}, {"data_parallel": True}], ids=str)
 def test_settings_that_do_not_go_together(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"cuda_graphs does not go with {next(iter(setting))}"):
         TrainerConfig(cuda_graphs=True, **setting)

@@ -378,6 +378,8 @@ def test_a_second_ctrl_c_in_a_step_saves_nothing(tmp_path: Path) -> None:
         ({"clip_norm": 0.0}, "clip_norm has to be positive"),
         ({"blocks": 9}, "blocks is 9, and CifarResNet can be divided into 1 to 4"),
         ({"rule": "e2e", "blocks": 2}, "end-to-end training has 1 block"),
+        ({"recompute": True, "compile": "eager"}, "recomputed .* go with neither compile nor cuda_graphs"),
+        ({"recompute": True, "cuda_graphs": True}, "recomputed .* go with neither compile nor cuda_graphs"),
     ],
 )
 def test_wrong_configurations(config: dict, message: str) -> None:

@@ -39,7 +39,8 @@ class TrainerConfig:
         channels_last: keep the model and the images in the channels-last memory format. (On a CPU with one thread,
             strided 1x1 convolutions of PyTorch 2.14 corrupt memory in it where they take fewer than 8 channels.)
         recompute: run the units of a block once more in its backward pass, in place of keeping their activations until
-            then: less memory, most so where a block has many units, and more time (activation checkpointing).
+            then: less memory, most so where a block has many units, and more time (activation checkpointing). Not with
+            ``compile`` or ``cuda_graphs``.
         compile: the ``torch.compile`` backend for the bodies of the blocks, such as ``"inductor"``; None for none.
         cuda_graphs: capture a step in a CUDA graph after the first few, and replay it: on a GPU small blocks otherwise
             wait for the host to launch them. Captured anew where the learning rate has changed, so not for a schedule
@@ -88,7 +89,7 @@ class TrainerConfig:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm has to be positive or None, and is {self.clip_norm}")
         if self.cuda_graphs:
-            against = {"schedule": "step", "amp": "fp16", "data_parallel": True, "recompute": True}
+            against = {"schedule": "step", "amp": "fp16", "data_parallel": True}
             for name, value in against.items():
                 if getattr(self, name) == value:
                     raise ValueError(f"cuda_graphs does not go with {name}={value!r}")

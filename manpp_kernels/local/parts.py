@@ -14,7 +14,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -72,15 +72,18 @@ class Recomputed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return self.unit(x)  # type: ignore[no-any-return]
-        result: Tensor = checkpoint(self.unit, x, use_reentrant=False, context_fn=self._contexts)
+        # The reentrant form runs the unit once more by ordinary autograd, so that a meter of saved tensors sees what it
+        # keeps. It asks for an input that requires grad, which that of a block's first unit does not.
+        wants_grad = torch.empty(0, device=x.device, requires_grad=True)
+        result: Tensor = checkpoint(self._run, x, wants_grad, use_reentrant=True)
         return result
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self._uncounted()
+    def _run(self, x: Tensor, _: Tensor) -> Tensor:
+        with self._uncounted() if torch.is_grad_enabled() else nullcontext():  # the second time
+            return self.unit(x)  # type: ignore[no-any-return]
 
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
-        # Not without statistics: what a layer keeps for its backward pass has to be what it kept the first time.
         before = [(m, m.momentum, m.num_batches_tracked) for m in self._norms]
         for m in self._norms:
             m.momentum, m.num_batches_tracked = 0.0, None
