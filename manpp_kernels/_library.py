@@ -73,16 +73,19 @@ def checked_operator(name: str, signature: str, *, declined: Any) -> Callable[..
     return overload
 
 
+_modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
+
+
 def transformed() -> bool:
     """Whether a transform of ``torch.func``, or forward-mode differentiation, is under way.
 
     Of these an operator knows nothing, and PyTorch would take its derivative for zero: plain PyTorch has to serve.
     """
-    return _transform() is not None or torch.autograd.forward_ad._current_level >= 0
+    return _transform() is not None or _forward_ad._current_level >= 0
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhere
-_modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
 def compiled_serves(first: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
@@ -90,7 +93,7 @@ def compiled_serves(first: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
 
     False where ``first``, whose device counts, is empty.
     """
-    if _modes() or _transform() is not None or not _PLAIN.issuperset(map(type, first)):
+    if _modes() or transformed() or not _PLAIN.issuperset(map(type, first)):
         return False
     for tensors in others:
         if not _PLAIN.issuperset(map(type, tensors)):

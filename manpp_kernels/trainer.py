@@ -37,6 +37,7 @@ from manpp_kernels.local.network import LocalBlock, LocalNetwork
 from manpp_kernels.local.partition import evaluating, partition
 from manpp_kernels.local.parts import adapt
 from manpp_kernels.local.replicas import Alone, Replicas
+from manpp_kernels.local.resumable import CHECKPOINT_NAME, Resumable
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
 from manpp_kernels.local.targets import (
@@ -50,10 +51,8 @@ from manpp_kernels.local.targets import (
 
 __all__ = ["CHECKPOINT_NAME", "LocalTrainer", "StepResult", "TrainerConfig"]
 
-CHECKPOINT_NAME = "checkpoint.pt"
 
-
-class LocalTrainer:
+class LocalTrainer(Resumable):
     """Trains a model by a rule of local learning; the model that comes out is the user's own.
 
     Args:
@@ -141,9 +140,8 @@ class LocalTrainer:
         self.history: list[dict[str, Any]] = []
         self.interrupted = False
         self._totals = EpochTotals()
-        self._epoch_start: dict[str, Any] | None = None  # the generators at the start of the current epoch
-        self._loaded_rng: dict[str, Any] | None = None  # from a checkpoint, until fit has the loader's generators
-        self._generators: list[torch.Generator] = []
+        self._epoch_start = self._loaded_rng = None
+        self._generators = []
         self._stepping, self._first_step = False, True
 
     # One step
@@ -406,7 +404,7 @@ class LocalTrainer:
             raise ValueError("the loader gave no batch to evaluate")
         return totals
 
-    # What comes out, and what is kept
+    # What comes out; what is kept in checkpoints, by save and load, is in local/resumable.py
 
     def persistent_tensors(self) -> list[Tensor]:
         """Parameters, EMAs and buffers: in memory whether or not there is a graph."""
@@ -415,60 +413,3 @@ class LocalTrainer:
     def export_state_dict(self) -> dict[str, Tensor]:
         """The user's model's own ``state_dict``: the same keys, nothing auxiliary; copies on the CPU."""
         return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}
-
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint atomically: all that the next step depends on, by rank 0 for all ranks."""
-        state = {
-            "kind": self._kind(),
-            **self._tensors(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "schedulers": [s.state_dict() for s in self.schedulers],
-            "scaler": self._scaler.state_dict(),
-            "progress": {"epoch": self.epoch, "position": self.position},
-            # Each rank's own: the sums of the epoch so far, and random numbers.
-            "totals": self._ranks.gather(self._totals.numbers()),
-            "history": self.history,
-            "epoch_start": self._ranks.gather(self._epoch_start),
-            "rng": self._ranks.gather(self._rng_state()),
-        }
-        self._ranks.first(lambda: checkpoint.write(path, state))
-
-    def load(self, path: str | Path) -> None:
-        """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.
-
-        Args:
-            path: the checkpoint, or the folder that ``fit`` wrote it to.
-
-        Raises:
-            FileNotFoundError: there is none.
-            CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
-        """
-        state = checkpoint.read(Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else path)
-        checkpoint.check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
-        totals, start, rng = (state[part][self._ranks.rank] for part in ("totals", "epoch_start", "rng"))
-        self.model.load_state_dict(state["model"])
-        self.network.load_auxiliary_state_dict(state["auxiliary"])
-        steppers, states = [*self.optimizers, *self.schedulers], [*state["optimizers"], *state["schedulers"]]
-        for stepper, loaded in zip(steppers, states, strict=True):
-            stepper.load_state_dict(loaded)
-        if self._scaler.is_enabled():
-            self._scaler.load_state_dict(state["scaler"])
-        self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]
-        self._totals = EpochTotals(**totals)
-        self.history = state["history"]
-        self._epoch_start, self._loaded_rng = start, rng
-        # The loader's own generators follow in fit, which has the loader.
-        checkpoint.set_rng_state({**rng, "generators": []})
-
-    def _rng_state(self) -> dict[str, Any]:
-        if self._loaded_rng is None:
-            return checkpoint.rng_state(self._generators)
-        # Loaded, and the loader not seen yet: its generators are where the checkpoint has them.
-        return {**checkpoint.rng_state(), "generators": self._loaded_rng["generators"]}
-
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {"model": self.model.state_dict(), "auxiliary": self.network.auxiliary_state_dict()}
-
-    def _kind(self) -> dict[str, object]:
-        described = self.network.describe()
-        return {**described, "order": self.config.order, "amp": self.config.amp, "ranks": self._ranks.count}

@@ -252,3 +252,8 @@ def test_transforms_of_torch_func() -> None:
     assert torch.equal(torch.func.vmap(detach_copy)(x, torch.zeros_like(x)), x)
     gradient = torch.func.grad(lambda y: (detach_copy(y) * y).sum())(x)
     assert torch.equal(gradient, x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for copied in (detach_copy(dual), detach_copy(dual, torch.empty_like(x))):
+            assert torch.autograd.forward_ad.unpack_dual(copied).tangent is None
+            assert torch.equal(copied, x)

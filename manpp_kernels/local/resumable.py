@@ -1,0 +1,95 @@
+"""What a trainer keeps in its checkpoints, and how it goes on from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from manpp_kernels import checkpoint
+from manpp_kernels.local.config import TrainerConfig
+from manpp_kernels.local.epoch import EpochTotals
+from manpp_kernels.local.network import LocalNetwork
+from manpp_kernels.local.replicas import Alone, Replicas
+
+CHECKPOINT_NAME = "checkpoint.pt"
+
+
+class Resumable:
+    """The half of ``LocalTrainer`` that writes and reads checkpoints; the attributes are the trainer's."""
+
+    model: nn.Module
+    config: TrainerConfig
+    network: LocalNetwork
+    optimizers: list[torch.optim.Optimizer]
+    schedulers: list[LRScheduler]
+    epoch: int
+    position: int
+    history: list[dict[str, Any]]
+    _scaler: torch.amp.GradScaler
+    _ranks: Replicas | Alone
+    _totals: EpochTotals
+    _epoch_start: dict[str, Any] | None  # the generators at the start of the current epoch
+    _loaded_rng: dict[str, Any] | None  # from a checkpoint, until fit has the loader's generators
+    _generators: list[torch.Generator]
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint atomically: all that the next step depends on, by rank 0 for all ranks."""
+        state = {
+            "kind": self._kind(),
+            **self._tensors(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "schedulers": [s.state_dict() for s in self.schedulers],
+            "scaler": self._scaler.state_dict(),
+            "progress": {"epoch": self.epoch, "position": self.position},
+            # Each rank's own: the sums of the epoch so far, and random numbers.
+            "totals": self._ranks.gather(self._totals.numbers()),
+            "history": self.history,
+            "epoch_start": self._ranks.gather(self._epoch_start),
+            "rng": self._ranks.gather(self._rng_state()),
+        }
+        self._ranks.first(lambda: checkpoint.write(path, state))
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.
+
+        Args:
+            path: the checkpoint, or the folder that ``fit`` wrote it to.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
+        """
+        state = checkpoint.read(Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else path)
+        checkpoint.check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
+        totals, start, rng = (state[part][self._ranks.rank] for part in ("totals", "epoch_start", "rng"))
+        self.model.load_state_dict(state["model"])
+        self.network.load_auxiliary_state_dict(state["auxiliary"])
+        steppers: list[Any] = [*self.optimizers, *self.schedulers]
+        states = [*state["optimizers"], *state["schedulers"]]
+        for stepper, loaded in zip(steppers, states, strict=True):
+            stepper.load_state_dict(loaded)
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(state["scaler"])
+        self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]
+        self._totals = EpochTotals(**totals)
+        self.history = state["history"]
+        self._epoch_start, self._loaded_rng = start, rng
+        # The loader's own generators follow in fit, which has the loader.
+        checkpoint.set_rng_state({**rng, "generators": []})
+
+    def _rng_state(self) -> dict[str, Any]:
+        if self._loaded_rng is None:
+            return checkpoint.rng_state(self._generators)
+        # Loaded, and the loader not seen yet: its generators are where the checkpoint has them.
+        return {**checkpoint.rng_state(), "generators": self._loaded_rng["generators"]}
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {"model": self.model.state_dict(), "auxiliary": self.network.auxiliary_state_dict()}
+
+    def _kind(self) -> dict[str, object]:
+        described = self.network.describe()
+        return {**described, "order": self.config.order, "amp": self.config.amp, "ranks": self._ranks.count}
