@@ -185,10 +185,16 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
+def _rotated(names: list[str], turns: int) -> list[str]:
+    """What a contender finds in the caches is what the one before it left there."""
+    first = turns % max(len(names), 1)
+    return names[first:] + names[:first]
+
+
 def race(
     contenders: Sequence[Contender], clock: type[HostClock], effort: Effort
 ) -> tuple[dict[str, Sample], dict[str, str]]:
-    """Measure every contender, in turns.
+    """Measure every contender, in turns, each round beginning with another.
 
     Returns:
         A sample for each contender, and for those that cannot do the work the reason.
@@ -213,7 +219,8 @@ def race(
     times: dict[str, list[float]] = {name: [] for name in running}
     with quiet():
         for done in range(effort.rounds):
-            for name, (contender, timer, count) in running.items():
+            for name in _rotated(list(running), done):
+                contender, timer, count = running[name]
                 # A call that takes longer than its share is measured five times, not in every round.
                 if done >= 5 and sum(times[name]) * count > effort.seconds:
                     continue

@@ -69,8 +69,9 @@ def checked_operator(name: str, signature: str, *, declined: Any) -> Callable[..
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     # Views that are lazily negated, of which the memory is not the value.
     library.impl(name, lambda *_: declined, "Negative")
-    overload: torch._ops.OpOverload = getattr(torch.ops.manpp_kernels, name).default
-    return overload
+    # What an overload calls when it is called, which takes a third of a microsecond less.
+    call: Callable[..., Any] = getattr(torch.ops.manpp_kernels, name).default._op
+    return call
 
 
 _modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
@@ -85,17 +86,22 @@ def transformed() -> bool:
     return _transform() is not None or _forward_ad._current_level >= 0
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhere
+PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhere
+
+
+def undisturbed() -> bool:
+    """Whether no mode and no transform wants a say in what is called."""
+    return not _modes() and not transformed()
 
 
 def compiled_serves(first: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
-    """Whether a compiled backend may have these tensors as they are: no mode, transform or subclass wants a say.
+    """Whether a compiled backend may have these tensors as they are: :func:`undisturbed`, and all of them plain.
 
     False where ``first``, whose device counts, is empty.
     """
-    if _modes() or transformed() or not _PLAIN.issuperset(map(type, first)):
+    if not undisturbed() or not PLAIN.issuperset(map(type, first)):
         return False
     for tensors in others:
-        if not _PLAIN.issuperset(map(type, tensors)):
+        if not PLAIN.issuperset(map(type, tensors)):
             return False
     return len(first) > 0 and backends.compiled_serves(first[0])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manpp_kernels._library import Operator, checked_operator, compiled_serves, transformed
+from manpp_kernels import backends
+from manpp_kernels._library import PLAIN, Operator, checked_operator, transformed, undisturbed
 from manpp_kernels.backends import eager
 from manpp_kernels.ops import _checks
 
@@ -73,14 +74,20 @@ def detach_copy(
 
 def _common_case(x: Tensor, out: Tensor) -> bool:
     """Makes the copy where a compiled backend can, checking as it goes; False, with nothing written, elsewhere."""
-    if not compiled_serves((x, out)) or (out.requires_grad and torch.is_grad_enabled()):
+    if (
+        type(x) not in PLAIN
+        or type(out) not in PLAIN
+        or not undisturbed()
+        or not backends.compiled_serves(x)
+        or (out.requires_grad and torch.is_grad_enabled())
+    ):
         return False
     try:
         done: bool = _copy_checked(x.detach() if x.requires_grad else x, out)
     except NotImplementedError:  # sparse tensors
         return False
     if done:
-        torch.autograd.graph.increment_version(out)
+        torch._C._increment_version([out])
     return done
 
 
