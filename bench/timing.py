@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -185,16 +186,13 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-def _rotated(names: list[str], turns: int) -> list[str]:
-    """What a contender finds in the caches is what the one before it left there."""
-    first = turns % max(len(names), 1)
-    return names[first:] + names[:first]
-
-
 def race(
     contenders: Sequence[Contender], clock: type[HostClock], effort: Effort
 ) -> tuple[dict[str, Sample], dict[str, str]]:
-    """Measure every contender, in turns, each round beginning with another.
+    """Measure every contender, in turns, in another order in every round.
+
+    What runs next pays for what the one before left: in the caches, and threads of another pool that still spin, as
+    those of compiled code do.
 
     Returns:
         A sample for each contender, and for those that cannot do the work the reason.
@@ -217,9 +215,10 @@ def race(
         wanted = max(1, min(effort.most_calls, int(effort.seconds / effort.rounds / max(seconds, 1e-9))))
         running[contender.name] = contender, timer, timer.round_up(wanted)
     times: dict[str, list[float]] = {name: [] for name in running}
+    order = random.Random(0)
     with quiet():
         for done in range(effort.rounds):
-            for name in _rotated(list(running), done):
+            for name in order.sample(list(running), len(running)):
                 contender, timer, count = running[name]
                 # A call that takes longer than its share is measured five times, not in every round.
                 if done >= 5 and sum(times[name]) * count > effort.seconds:
