@@ -16,23 +16,24 @@ constexpr int64_t kGrain = 32768;
 // Length of the rows that a tensor with one scale for all of it is cut into.
 constexpr int64_t kRow = 4096;
 
-// T is what is stored, A what is computed in. `Factor` is a scalar for elements of one channel, an array for pixels of a
+// T is what is stored, A what is computed in, SIMD for which instruction sets: conversions of bfloat16 compute for longer
+// than they wait. `Factor` is a scalar for elements of one channel, an array for pixels of a
 // channels_last tensor, whose elements are of one channel after the other.
-#define MANPP_MIX_KERNELS(T, A, name, Factor, S, R)                                                      \
-  MANPP_SIMD void mix_##name(const T* a, const T* b, int64_t n, Factor s, Factor r, T* __restrict__ y) { \
+#define MANPP_MIX_KERNELS(SIMD, T, A, name, Factor, S, R)                                                      \
+  SIMD void mix_##name(const T* a, const T* b, int64_t n, Factor s, Factor r, T* __restrict__ y) { \
     for (int64_t i = 0; i < n; ++i) {                                                                    \
       y[i] = nearest<T>(scale_mix(static_cast<A>(a[i]), static_cast<A>(b[i]), S, R));                    \
     }                                                                                                    \
   }                                                                                                      \
-  MANPP_SIMD void scaled_##name(const T* g, int64_t n, Factor s, T* __restrict__ y) {                    \
+  SIMD void scaled_##name(const T* g, int64_t n, Factor s, T* __restrict__ y) {                    \
     for (int64_t i = 0; i < n; ++i) {                                                                    \
       y[i] = nearest<T>(S * static_cast<A>(g[i]));                                                       \
     }                                                                                                    \
   }
 
 // Sixteen running sums: a fixed order of addition that still fills vector registers.
-#define MANPP_SHARE_KERNELS(T, A)                                                                             \
-  MANPP_SIMD A share_row(const T* g, const T* a, const T* b, int64_t n) {                                     \
+#define MANPP_SHARE_KERNELS(SIMD, T, A)                                                                             \
+  SIMD A share_row(const T* g, const T* a, const T* b, int64_t n) {                                     \
     A sums[16] = {};                                                                                          \
     int64_t i = 0;                                                                                            \
     for (; i + 16 <= n; i += 16) {                                                                            \
@@ -49,21 +50,21 @@ constexpr int64_t kRow = 4096;
     }                                                                                                         \
     return sum;                                                                                               \
   }                                                                                                           \
-  MANPP_SIMD void share_pixels(const T* g, const T* a, const T* b, int64_t n, A* __restrict__ sums) {         \
+  SIMD void share_pixels(const T* g, const T* a, const T* b, int64_t n, A* __restrict__ sums) {         \
     for (int64_t i = 0; i < n; ++i) {                                                                         \
       sums[i] += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));                \
     }                                                                                                         \
   }
 
-#define MANPP_ALL_KERNELS(T, A)                       \
-  MANPP_MIX_KERNELS(T, A, row, A, s, r)               \
-  MANPP_MIX_KERNELS(T, A, pixels, const A*, s[i], r[i]) \
-  MANPP_SHARE_KERNELS(T, A)
+#define MANPP_ALL_KERNELS(SIMD, T, A)                       \
+  MANPP_MIX_KERNELS(SIMD, T, A, row, A, s, r)               \
+  MANPP_MIX_KERNELS(SIMD, T, A, pixels, const A*, s[i], r[i]) \
+  MANPP_SHARE_KERNELS(SIMD, T, A)
 
-MANPP_ALL_KERNELS(float, float)
-MANPP_ALL_KERNELS(double, double)
-MANPP_ALL_KERNELS(BFloat16, float)
-MANPP_ALL_KERNELS(Half, float)
+MANPP_ALL_KERNELS(MANPP_SIMD, float, float)
+MANPP_ALL_KERNELS(MANPP_SIMD, double, double)
+MANPP_ALL_KERNELS(MANPP_SIMD_WIDE, BFloat16, float)
+MANPP_ALL_KERNELS(MANPP_SIMD, Half, float)
 #undef MANPP_ALL_KERNELS
 #undef MANPP_SHARE_KERNELS
 #undef MANPP_MIX_KERNELS
