@@ -19,45 +19,45 @@ constexpr int64_t kRow = 4096;
 // T is what is stored, A what is computed in, SIMD for which instruction sets: conversions of bfloat16 compute for longer
 // than they wait. `Factor` is a scalar for elements of one channel, an array for pixels of a
 // channels_last tensor, whose elements are of one channel after the other.
-#define MANPP_MIX_KERNELS(SIMD, T, A, name, Factor, S, R)                                                      \
+#define MANPP_MIX_KERNELS(SIMD, T, A, name, Factor, S, R)                                          \
   SIMD void mix_##name(const T* a, const T* b, int64_t n, Factor s, Factor r, T* __restrict__ y) { \
-    for (int64_t i = 0; i < n; ++i) {                                                                    \
-      y[i] = nearest<T>(scale_mix(static_cast<A>(a[i]), static_cast<A>(b[i]), S, R));                    \
-    }                                                                                                    \
-  }                                                                                                      \
+    for (int64_t i = 0; i < n; ++i) {                                                              \
+      y[i] = nearest<T>(scale_mix(static_cast<A>(a[i]), static_cast<A>(b[i]), S, R));              \
+    }                                                                                              \
+  }                                                                                                \
   SIMD void scaled_##name(const T* g, int64_t n, Factor s, T* __restrict__ y) {                    \
-    for (int64_t i = 0; i < n; ++i) {                                                                    \
-      y[i] = nearest<T>(S * static_cast<A>(g[i]));                                                       \
-    }                                                                                                    \
+    for (int64_t i = 0; i < n; ++i) {                                                              \
+      y[i] = nearest<T>(S * static_cast<A>(g[i]));                                                 \
+    }                                                                                              \
   }
 
 // Sixteen running sums: a fixed order of addition that still fills vector registers.
-#define MANPP_SHARE_KERNELS(SIMD, T, A)                                                                             \
-  SIMD A share_row(const T* g, const T* a, const T* b, int64_t n) {                                     \
-    A sums[16] = {};                                                                                          \
-    int64_t i = 0;                                                                                            \
-    for (; i + 16 <= n; i += 16) {                                                                            \
-      for (int k = 0; k < 16; ++k) {                                                                          \
-        sums[k] += scale_grad(static_cast<A>(g[i + k]), static_cast<A>(a[i + k]), static_cast<A>(b[i + k]));  \
-      }                                                                                                       \
-    }                                                                                                         \
-    A sum = 0;                                                                                                \
-    for (; i < n; ++i) {                                                                                      \
-      sum += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));                    \
-    }                                                                                                         \
-    for (int k = 0; k < 16; ++k) {                                                                            \
-      sum += sums[k];                                                                                         \
-    }                                                                                                         \
-    return sum;                                                                                               \
-  }                                                                                                           \
-  SIMD void share_pixels(const T* g, const T* a, const T* b, int64_t n, A* __restrict__ sums) {         \
-    for (int64_t i = 0; i < n; ++i) {                                                                         \
-      sums[i] += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));                \
-    }                                                                                                         \
+#define MANPP_SHARE_KERNELS(SIMD, T, A)                                                                      \
+  SIMD A share_row(const T* g, const T* a, const T* b, int64_t n) {                                          \
+    A sums[16] = {};                                                                                         \
+    int64_t i = 0;                                                                                           \
+    for (; i + 16 <= n; i += 16) {                                                                           \
+      for (int k = 0; k < 16; ++k) {                                                                         \
+        sums[k] += scale_grad(static_cast<A>(g[i + k]), static_cast<A>(a[i + k]), static_cast<A>(b[i + k])); \
+      }                                                                                                      \
+    }                                                                                                        \
+    A sum = 0;                                                                                               \
+    for (; i < n; ++i) {                                                                                     \
+      sum += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));                   \
+    }                                                                                                        \
+    for (int k = 0; k < 16; ++k) {                                                                           \
+      sum += sums[k];                                                                                        \
+    }                                                                                                        \
+    return sum;                                                                                              \
+  }                                                                                                          \
+  SIMD void share_pixels(const T* g, const T* a, const T* b, int64_t n, A* __restrict__ sums) {              \
+    for (int64_t i = 0; i < n; ++i) {                                                                        \
+      sums[i] += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));               \
+    }                                                                                                        \
   }
 
-#define MANPP_ALL_KERNELS(SIMD, T, A)                       \
-  MANPP_MIX_KERNELS(SIMD, T, A, row, A, s, r)               \
+#define MANPP_ALL_KERNELS(SIMD, T, A)                         \
+  MANPP_MIX_KERNELS(SIMD, T, A, row, A, s, r)                 \
   MANPP_MIX_KERNELS(SIMD, T, A, pixels, const A*, s[i], r[i]) \
   MANPP_SHARE_KERNELS(SIMD, T, A)
 
