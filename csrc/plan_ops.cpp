@@ -87,7 +87,7 @@ struct Plan {
     for (size_t i = 0; i < averaged; ++i) {
       const Watched& w = watched[i];
       uintptr_t begin = reinterpret_cast<uintptr_t>(w.address);
-      if (read.begin < begin + static_cast<uintptr_t>(w.numel * w.size) && begin < read.end) {
+      if (w.numel > 0 && read.begin < begin + static_cast<uintptr_t>(w.numel * w.size) && begin < read.end) {
         return true;
       }
     }

@@ -104,4 +104,4 @@ def compiled_serves(first: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:
     for tensors in others:
         if not PLAIN.issuperset(map(type, tensors)):
             return False
-    return len(first) > 0 and backends.compiled_serves(first[0])
+    return len(first) > 0 and backends.compiled_for(first[0])

@@ -186,7 +186,7 @@ def selected(device: torch.device) -> str:
     return "eager"
 
 
-def compiled_serves(t: torch.Tensor) -> bool:
+def compiled_for(t: torch.Tensor) -> bool:
     """Whether :func:`selected` would be the compiled library's for the device of ``t``, told faster."""
     asked = override(t.device)
     if asked is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from manpp_kernels import checkpoint
 from manpp_kernels.local.targets import Answers
@@ -90,7 +91,8 @@ def batches_from(
         set_epoch = getattr(owner, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
-    if resumed and epoch > 0 and getattr(loader, "persistent_workers", False) and loader._iterator is None:  # type: ignore[attr-defined]
+    fresh = isinstance(loader, DataLoader) and loader.persistent_workers and loader._iterator is None
+    if resumed and epoch > 0 and fresh:
         # Its workers were there before this epoch, and with them the random number that the loader draws for them.
         iter(loader)
     if position == 0 or start is None:

@@ -126,12 +126,12 @@ def init_convnext_block(unit: nn.Module) -> None:
 @adapt.register(AlexNet)
 def _(model: VGG | AlexNet) -> Parts:
     """Every convolution with what follows it; the layers after the last pooling are the head."""
-    stem, *groups = ([child for _, child in group] for group in layer_groups(model.features))
-    names = [f"features.{group[0][0]}" for group in layer_groups(model.features)[1:]]
-    units = {name: nn.Sequential(*group) for name, group in zip(names, groups, strict=True)}
+    groups = layer_groups(model.features)
+    stem, *units = (nn.Sequential(*(child for _, child in group)) for group in groups)
+    names = [f"features.{group[0][0]}" for group in groups[1:]]
     head = nn.Sequential(model.avgpool, nn.Flatten(), model.classifier)
     init = cifar_resnet.init_weights if isinstance(model, VGG) else reset_parameters
-    return Parts(nn.Sequential(*stem), units, head, init)
+    return Parts(stem, dict(zip(names, units, strict=True)), head, init)
 
 
 @adapt.register

@@ -54,17 +54,16 @@ def detach_copy(
     check_tensor("x", x)
     check_options(x, dtype, memory_format)
     x = x.detach()
-    if out is None and not compiling and transformed():
-        layout = torch.preserve_format if memory_format is None else memory_format
-        return x.to(dtype=dtype or x.dtype, memory_format=layout, copy=True)
+    by_pytorch = not compiling and transformed()
     if out is None:
-        new = torch.empty_like(
-            x, dtype=dtype, memory_format=torch.preserve_format if memory_format is None else memory_format
-        )
+        layout = torch.preserve_format if memory_format is None else memory_format
+        if by_pytorch:
+            return x.to(dtype=dtype or x.dtype, memory_format=layout, copy=True)
+        new = torch.empty_like(x, dtype=dtype, memory_format=layout)
         _copy(x.device, x, new)
         return new
     _check_out(x, out, dtype, memory_format)
-    if not compiling and transformed():
+    if by_pytorch:
         return out.copy_(x)
     _copy(x.device, x, out)
     if not compiling:
@@ -78,7 +77,7 @@ def _common_case(x: Tensor, out: Tensor) -> bool:
         type(x) not in PLAIN
         or type(out) not in PLAIN
         or not undisturbed()
-        or not backends.compiled_serves(x)
+        or not backends.compiled_for(x)
         or (out.requires_grad and torch.is_grad_enabled())
     ):
         return False
