@@ -61,6 +61,17 @@ def addresses(trainer: LocalTrainer) -> list[int]:
     return [t.data_ptr() for t in (*trainer.persistent_tensors(), *states)]
 
 
+def step_both(eager: LocalTrainer, graphed: LocalTrainer, steps: int) -> None:
+    for batch in batches(steps):
+        eager.step(batch)
+        graphed.step(batch)
+
+
+def assert_same(eager: LocalTrainer, graphed: LocalTrainer, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
 class Recorder:
     """Stands in for a GPU: a capture runs nothing, a replay does what was captured, with the numbers of then."""
 
@@ -117,8 +128,7 @@ def test_replayed_steps_are_steps(case: str) -> None:
     for result, losses, logits in kept:  # a later step writes over none of them
         assert all(torch.equal(x, y) for x, y in zip(result.losses, losses, strict=True))
         assert torch.equal(result.logits, logits)
-    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_same(eager, graphed)
 
 
 def test_epochs_with_a_smaller_last_batch_and_another_learning_rate() -> None:
@@ -129,8 +139,7 @@ def test_epochs_with_a_smaller_last_batch_and_another_learning_rate() -> None:
     for trainer in (eager, graphed):
         trainer.fit(epoch, 3)
     assert (recorder.runs, recorder.captures, recorder.replays) == (3 + 3, 3, 2 + 5 + 5)
-    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_same(eager, graphed)
     assert [row["train_loss"] for row in eager.history] == [row["train_loss"] for row in graphed.history]
 
 
@@ -157,8 +166,7 @@ def test_a_loaded_checkpoint_starts_over(tmp_path) -> None:
         for batch in batches(5):
             trainer.step(batch)
     assert (recorder.runs, recorder.captures, recorder.replays) == (6, 2, 3)
-    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_same(eager, graphed)
 
 
 def momentum_at_the_drop(trainer: LocalTrainer) -> None:
@@ -193,17 +201,12 @@ CHANGES: dict[str, Callable[[LocalTrainer], Any]] = {
 def test_what_changes_in_between_is_noticed(change: str, steps: int, counts: tuple[int, ...]) -> None:
     eager, graphed = make(rule="man++"), make(rule="man++")
     recorder = recorded(graphed)
-    for batch in batches(steps):
-        eager.step(batch)
-        graphed.step(batch)
+    step_both(eager, graphed, steps)
     for trainer in (eager, graphed):
         CHANGES[change](trainer)
-    for batch in batches(5):
-        eager.step(batch)
-        graphed.step(batch)
+    step_both(eager, graphed, 5)
     assert (recorder.runs, recorder.captures, recorder.replays) == counts
-    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_same(eager, graphed)
 
 
 def test_a_checkpoint_from_before_the_first_step(tmp_path) -> None:
@@ -218,8 +221,7 @@ def test_a_checkpoint_from_before_the_first_step(tmp_path) -> None:
         for batch in batches(5):
             trainer.step(batch)
     assert (recorder.runs, recorder.captures, recorder.replays) == (6, 1, 2)
-    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_same(eager, graphed)
 
 
 def test_a_trainer_and_its_graph_go_with_its_last_reference() -> None:
@@ -247,8 +249,7 @@ def test_a_learning_rate_that_is_a_tensor_on_the_host() -> None:
                 trainer.optimizers[0].param_groups[0]["lr"].fill_(0.01)
             trainer.step(batch)
     assert (recorder.runs, recorder.captures, recorder.replays) == (3, 2, 4)
-    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_same(eager, graphed)
 
 
 def test_memory_that_does_not_suffice_is_no_other_error() -> None:
@@ -345,8 +346,7 @@ def test_on_a_gpu(case: str) -> None:
     assert counts == {"capture": 2, "replay": 2 + 5}
     assert graphed._graph is not None
     assert graphed.history[1]["peak_memory_bytes"] >= graphed._graph.peak_bytes > 0
-    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    assert_same(eager, graphed, rtol=1e-7, atol=1e-9)
     for a, b in zip(eager.history, graphed.history, strict=True):
         for name in ("train_loss", "val_loss"):
             assert a[name] == pytest.approx(b[name], rel=1e-7)
@@ -380,12 +380,9 @@ def test_adam_on_a_gpu() -> None:
     adam = functools.partial(torch.optim.AdamW, lr=1e-2, capturable=True)
     eager, graphed = (make("cuda", optimizer=adam, rule="man++", cuda_graphs=graphs) for graphs in (False, True))
     counts = counted(graphed)
-    for batch in batches(6):
-        eager.step(batch)
-        graphed.step(batch)
+    step_both(eager, graphed, 6)
     assert counts == {"capture": 1, "replay": 3}
-    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert_same(eager, graphed, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.cuda
@@ -393,9 +390,7 @@ def test_adam_on_a_gpu() -> None:
 def test_memory_that_does_not_suffice_on_a_gpu() -> None:
     """It shows in the middle of a capture, and training goes on."""
     eager, graphed = (make("cuda", rule="man++", cuda_graphs=graphs) for graphs in (False, True))
-    for batch in batches(3):
-        eager.step(batch)
-        graphed.step(batch)
+    step_both(eager, graphed, 3)
     graph = graphed._graph
     assert graph is not None
     call = graph._call
@@ -409,9 +404,6 @@ def test_memory_that_does_not_suffice_on_a_gpu() -> None:
         graphed.step(batches(1)[0])
     del graph._call
     counts = counted(graphed)
-    for batch in batches(5):
-        eager.step(batch)
-        graphed.step(batch)
+    step_both(eager, graphed, 5)
     assert counts == {"capture": 1, "replay": 2}
-    for a, b in zip(eager.persistent_tensors(), graphed.persistent_tensors(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    assert_same(eager, graphed, rtol=1e-7, atol=1e-9)

@@ -1,0 +1,95 @@
+"""``LocalTrainer``: what it refuses, and what it says then."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_trainer import batch, loader, small_model, small_trainer
+from torch import nn
+
+from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rule": "dlg"}, "no rule 'dlg'"),
+        ({"order": "locked"}, "order has to be one of published, unlocked"),
+        ({"amp": "fp8"}, "amp has to be one of"),
+        ({"schedule": "batch"}, "schedule has to be one of"),
+        ({"balance": "time"}, "balance has to be one of"),
+        ({"balance": "memory", "blocks": ["layer1.0"]}, "blocks gives the boundaries itself"),
+        ({"accumulate": 0}, "accumulate has to be 1 or more"),
+        ({"clip_norm": 0.0}, "clip_norm has to be positive"),
+        ({"blocks": 9}, "blocks is 9, and CifarResNet can be divided into 1 to 4"),
+        ({"rule": "e2e", "blocks": 2}, "end-to-end training has 1 block"),
+        ({"recompute": True, "compile": "eager"}, "recomputed .* go with neither compile nor cuda_graphs"),
+        ({"recompute": True, "cuda_graphs": True}, "recomputed .* go with neither compile nor cuda_graphs"),
+    ],
+)
+def test_wrong_configurations(config: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_trainer(**config)
+
+
+def test_wrong_class_counts_and_batches() -> None:
+    with pytest.raises(ValueError, match="num_classes is 7, and the model's output has 4"):
+        LocalTrainer(small_model(), example=(3, 8, 8), num_classes=7)
+    trainer = small_trainer()
+    before = copy.deepcopy(trainer.network.state_dict())
+    images, targets = batch()
+    for wrong, message in (
+        ((images, targets + 1), "labels lie between 1 and 4, and the model has 4 classes"),
+        ((images, targets - 1), "labels lie between -1 and 2"),
+        ((images, targets[:3]), "8 images and 3 targets"),
+        ((images[:1], targets[:1]), "leaves 1 images for one"),
+        (((images * 9).to(torch.uint8), targets), "images have to be of a floating dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.step(wrong)
+    after = trainer.network.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    for empty in (trainer.evaluate, functools.partial(trainer.fit, epochs=1)):
+        with pytest.raises(ValueError, match="the loader gave no batch"):
+            empty([])
+    with pytest.raises(ValueError, match="resume=True continues from checkpoint_dir"):
+        trainer.fit(loader(), 1, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: LocalTrainer(nn.Sequential(nn.ReLU()), example=(3, 8, 8)), ValueError, "Sequential has no parameters"),
+        (
+            lambda: LocalTrainer(small_model(), {"rule": "dgl"}, example=(3, 8, 8)),  # type: ignore[arg-type]
+            TypeError,
+            "config has to be a TrainerConfig, and is dict",
+        ),
+        (lambda: TrainerConfig(accumulate="2"), TypeError, "accumulate has to be a number of micro-batches"),  # type: ignore[arg-type]
+        (
+            lambda: LocalTrainer(small_model(), example=(3, 8, 8), optimizer=torch.optim.LBFGS),
+            TypeError,
+            "LBFGS needs closure, and the trainer calls it without arguments",
+        ),
+        (lambda: small_trainer().step({"image": batch()[0]}), TypeError, "two tensors, and is dict"),  # type: ignore[arg-type]
+        (lambda: small_trainer().step((*batch(), 3)), TypeError, "two tensors, and is Tensor, Tensor, int"),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_another_kind(make: Callable[[], object], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def test_checkpoints_every_few_steps_need_a_place() -> None:
+    with pytest.raises(ValueError, match="give checkpoint_dir too"):
+        small_trainer().fit(loader(), 1, checkpoint_every=5)
+
+
+def test_features_that_no_head_fits() -> None:
+    model = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1), nn.Flatten(), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match=r"the DGL head takes vectors .* features here are \(N, 2, 2, 2, 2\)"):
+        LocalTrainer(model, TrainerConfig(rule="dgl"), example=torch.randn(2, 1, 2, 2, 2))
