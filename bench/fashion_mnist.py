@@ -26,7 +26,11 @@ RULES = {
     "MAN++ parameter form": ["--rule", "man++", "--form", "parameter", "--order", "unlocked"],
 }
 if DEVICE.type == "cuda":
+    local = {name: options for name, options in RULES.items() if name != "e2e"}
+    local["DGL, narrow head"] = ["--rule", "dgl", "--width", "narrow"]
     RULES |= {f"{name}, CUDA graphs": [*options, "--cuda-graphs"] for name, options in RULES.items()}
+    for name, options in local.items():
+        RULES[f"{name}, CUDA graphs, 4 streams"] = [*options, "--cuda-graphs", "--streams", "4"]
 QUICK_RECIPE = "--model resnet20 --image-size 8 --limit 64 --test-limit 64 --epochs 1 --batch-size 32"
 CPU_RECIPE = "--model resnet20 --image-size 16 --limit 10000 --epochs 3 --batch-size 128"
 CUDA_RECIPE = "--model resnet32 --image-size 32 --epochs 3 --batch-size 512 --amp bf16 --channels-last"

@@ -81,6 +81,10 @@ sanitizer() {
 
 # What the micro parts compare with takes a minute to compile.
 prewarm() { "$PYTHON" bench/prewarm.py "$@"; }
+prewarm_training() {
+  "$PYTHON" bench/training.py --network resnet32 --rounds 1 --variant "e2e, compiled, CUDA graph" \
+    --variant "dgl, narrow head, 4 blocks, compiled, CUDA graph"
+}
 
 micro() { "$PYTHON" -m manpp_kernels.cli bench "$1" --json "$OUT/$1.json" ${MANPP_BENCH_QUICK:+--quick}; }
 host() { "$PYTHON" bench/host_cost.py --json "$OUT/host_cost.json"; }
@@ -133,6 +137,7 @@ if wants tests || wants sanitizer; then # while nothing is timed
     part 120 prewarm-ema-large prewarm bench_ema_scale_update "4 x 25 M" &
     part 120 prewarm-ema-small prewarm bench_ema_scale_update "96 x 4,800" &
   fi
+  wants training && [ "$DEVICE" = cuda ] && part 150 prewarm-training prewarm_training &
 fi
 wants tests && part 240 tests tests # in the foreground, as a shell's background jobs do not hear an interrupt
 wait

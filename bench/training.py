@@ -4,7 +4,7 @@
 
 The variants take their steps in turns, so that drift of the machine falls on all of them alike. Memory on the CPU is
 the peak of live unique storages that autograd keeps, without parameters; on CUDA the allocator's peak above what lies
-there before the step.
+there before the step, or, of a captured step, what the graph has taken from the allocator.
 """
 
 from __future__ import annotations
@@ -73,13 +73,26 @@ VARIANTS: dict[str, Callable[[nn.Module], Trains]] = {
     "MAN++, plain PyTorch, channels_last": _plain(torch.channels_last),
     "MAN++ parameter form, channels_last": _man_pp("parameter", channels_last=True),
 }
+# What a GPU runs as one graph, and with the blocks on streams of their own.
+CAPTURED: dict[str, dict[str, Any]] = {
+    E2E: {"rule": "e2e"},
+    "e2e, compiled": {"rule": "e2e", "compile": "inductor"},
+    "dgl, wide head": {"rule": "dgl", "rule_options": WIDE},
+    "dgl, narrow head": {"rule": "dgl", "rule_options": {"width": "narrow"}},
+    "dgl, narrow head, 4 blocks": {"rule": "dgl", **FOUR},
+    "dgl, narrow head, 4 blocks, compiled": {"rule": "dgl", "compile": "inductor", **FOUR},
+    "MAN++ activation form": {"rule": "man++", "rule_options": {"form": "activation"}},
+    "MAN++ parameter form, unlocked": {
+        "rule": "man++",
+        "rule_options": {"form": "parameter"},
+        "order": "unlocked",
+    },
+}
 if DEVICE.type == "cuda":
-    VARIANTS |= {
-        "e2e, CUDA graph": _ours(rule="e2e", cuda_graphs=True),
-        "dgl, wide head, CUDA graph": _ours(rule="dgl", rule_options=WIDE, cuda_graphs=True),
-        "MAN++ activation form, CUDA graph": _man_pp("activation", cuda_graphs=True),
-        "MAN++ parameter form, unlocked, CUDA graph": _man_pp("parameter", order="unlocked", cuda_graphs=True),
-    }
+    for _name, _settings in CAPTURED.items():
+        VARIANTS[f"{_name}, CUDA graph"] = _ours(cuda_graphs=True, **_settings)
+        if not _name.startswith(E2E):
+            VARIANTS[f"{_name}, CUDA graph, 4 streams"] = _ours(cuda_graphs=True, streams=4, **_settings)
 
 
 def synchronize() -> None:
@@ -127,9 +140,11 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
         torch.manual_seed(0)
         trainer = VARIANTS[name](MODELS[network](CLASSES).to(DEVICE).train())
         trainer.step(batch)  # the optimizer's state, the plans, the choice of convolutions
-        memory[name] = step_memory(trainer, batch)  # before there is a graph, which takes as much
-        for _ in range(StepGraph.WARM_UP if DEVICE.type == "cuda" else 0):  # so that nothing is captured in timed steps
+        memory[name] = step_memory(trainer, batch)
+        graph: StepGraph | None = getattr(trainer, "_graph", None)
+        while graph is not None and not graph.graph_bytes:  # so that nothing is captured in timed steps
             trainer.step(batch)
+            memory[name]["allocated_bytes"] = graph.graph_bytes
         trainers[name] = trainer
     times: dict[str, list[float]] = {name: [] for name in variants}
     again: list[float] = []
@@ -152,13 +167,18 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
             "again_seconds": round(statistics.median(again), 6) if name == variants[0] else None,
             "rounds": rounds,
             **memory[name],
-            "memory_share": round(memory[name][kind] / memory[E2E][kind], 4) if E2E in memory else None,
+            "memory_share": round(memory[name][kind] / memory[peer(name)][kind], 4) if peer(name) in memory else None,
             # The median over the rounds of the quotient within a round, which drift leaves alone.
             "speed_up": _quotient(times[EAGER], times[name]) if EAGER in times else None,
-            "of_e2e": _quotient(times[name], times[E2E]) if E2E in times else None,
+            "of_e2e": _quotient(times[name], times[peer(name)]) if peer(name) in times else None,
         }
         for name in variants
     ]
+
+
+def peer(name: str) -> str:
+    """The end-to-end variant that another is compared with: captured, if that is."""
+    return f"{E2E}, CUDA graph" if "CUDA graph" in name else E2E
 
 
 def _quotient(over: list[float], under: list[float]) -> float:
@@ -196,7 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     for network in args.network or NETWORKS:
-        rows += measure(network, args.variant or list(VARIANTS), args.rounds)
+        # The larger network takes minutes to compile.
+        usual = [name for name in VARIANTS if network != "resnet110" or "compiled" not in name]
+        rows += measure(network, args.variant or usual, args.rounds)
         gc.collect()
         if args.json is not None:  # after each network, so that a time limit leaves what there is
             write_json(args.json, {"environment": environment(), "rows": rows})

@@ -40,6 +40,7 @@ from manpp_kernels.local.replicas import Alone, Replicas
 from manpp_kernels.local.resumable import CHECKPOINT_NAME, Resumable
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
+from manpp_kernels.local.streams import make_lanes
 from manpp_kernels.local.targets import (
     Criterion,
     answers_to,
@@ -134,6 +135,7 @@ class LocalTrainer(Resumable):
         self._graph: StepGraph | None = None
         if config.cuda_graphs:
             self._graph = make_step_graph(self._compute, self.network, self.optimizers, self.device)
+        self._lanes = make_lanes(self.network, config.streams, self.device)
 
         self.epoch = 0
         self.position = 0
@@ -186,14 +188,16 @@ class LocalTrainer(Resumable):
     def _step_published(self, parts: list[Batch]) -> StepResult:
         """For each block forward, backward, EMA update; then the optimizer, once for all."""
         sums, overlapping = StepSums(parts, len(self.network)), self.network.rule.overlapping
-        for i, (images, targets) in enumerate(parts):
-            x = images
-            for j, block in enumerate(self.network):
-                x = self._forward_backward(block, x, images, targets, sums, j)
-                if i == len(parts) - 1:
-                    self._ema[j].update()
-                    if not overlapping:
-                        self._ranks.start(self._by_block[j])
+        with self._lanes.step():
+            for i, (images, targets) in enumerate(parts):
+                x = images
+                for j, block in enumerate(self.network):
+                    with self._lanes.block(j):
+                        x = self._forward_backward(block, x, images, targets, sums, j)
+                        if i == len(parts) - 1:
+                            self._ema[j].update()
+                            if not overlapping:
+                                self._ranks.start(self._by_block[j])
         for parameters in self._by_block if overlapping else ():
             self._ranks.start(parameters)
         self._ranks.finish()
@@ -206,14 +210,16 @@ class LocalTrainer(Resumable):
         sums = StepSums(parts, len(self.network))
         self._ema[0].update()
         xs = [images for images, _ in parts]
-        for j, (block, optimizer) in enumerate(zip(self.network, self.optimizers, strict=True)):
-            for i, (images, targets) in enumerate(parts):
-                xs[i] = self._forward_backward(block, xs[i], images, targets, sums, j)
-            block.release()
-            self._ranks.start(self._by_block[j])
-            self._ranks.finish()
-            self._optimize(optimizer, [self._by_block[j]])
-            optimizer.zero_grad(set_to_none=True)
+        with self._lanes.step():
+            for j, (block, optimizer) in enumerate(zip(self.network, self.optimizers, strict=True)):
+                with self._lanes.block(j):
+                    for i, (images, targets) in enumerate(parts):
+                        xs[i] = self._forward_backward(block, xs[i], images, targets, sums, j)
+                    block.release()
+                    self._ranks.start(self._by_block[j])
+                    self._ranks.finish()
+                    self._optimize(optimizer, [self._by_block[j]])
+                    optimizer.zero_grad(set_to_none=True)
         self._scaler.update()
         return sums.result()
 
@@ -221,6 +227,7 @@ class LocalTrainer(Resumable):
         self, block: LocalBlock, x: Tensor, images: Tensor, targets: Tensor, sums: StepSums, j: int
     ) -> Tensor:
         """One micro-batch through one block; returns what the next block takes."""
+        x = self._lanes.take(j, x)
         with self._autocast():
             features, loss, logits = block(x, images, targets)
         share = len(images) / sums.images

@@ -16,7 +16,17 @@ from manpp_kernels.cli.settings import Settings, add_setting_options, from_file
 from manpp_kernels.recipes import recipe
 
 # What may differ when a run is resumed, as it does not change what is computed.
-FREE_ON_RESUME = {"data_root", "download", "workers", "threads", "device", "tensorboard", "observe", "cuda_graphs"}
+FREE_ON_RESUME = {
+    "data_root",
+    "download",
+    "workers",
+    "threads",
+    "device",
+    "tensorboard",
+    "observe",
+    "cuda_graphs",
+    "streams",
+}
 
 
 def add_parser(subparsers: Any) -> None:

@@ -50,6 +50,9 @@ class TrainerConfig:
             hooks, no counters or random numbers on the host, no numbers of modules that were changed since. It has
             memory of its own, beside which a batch of another size needs its own: leave room for both
             (``peak_memory_bytes`` is that of the larger).
+        streams: over which a captured step spreads its blocks, in turn: each begins as soon as the one before hands on
+            its features, beside what that has left to do. The values are those of blocks one after the other. Memory
+            that one stream has done with is not another's, and cuBLAS takes some for each.
         data_parallel: train a copy on every rank of ``torch.distributed``'s default process group, on batches of its
             own (as of a ``DistributedSampler``), with averaged gradients. All but ``evaluate`` is then called on every
             rank, with as many batches and the same folder for checkpoints. Running statistics are each rank's own, and
@@ -75,6 +78,7 @@ class TrainerConfig:
     recompute: bool = False
     compile: str | None = None
     cuda_graphs: bool = False
+    streams: int = 1
     data_parallel: bool = False
     measure_memory: bool = True
 
@@ -82,12 +86,16 @@ class TrainerConfig:
         choose("order", self.order, ("published", "unlocked"))
         choose("schedule", self.schedule, ("epoch", "step"))
         choose("amp", self.amp, tuple(AMP_DTYPES))
-        if not isinstance(self.accumulate, int) or isinstance(self.accumulate, bool):
-            raise TypeError(f"accumulate has to be a number of micro-batches, and is {self.accumulate!r}")
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate has to be 1 or more, and is {self.accumulate}")
+        for name, what in {"accumulate": "micro-batches", "streams": "CUDA streams"}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} has to be a number of {what}, and is {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} has to be 1 or more, and is {value}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm has to be positive or None, and is {self.clip_norm}")
+        if self.streams > 1 and not self.cuda_graphs:
+            raise ValueError("streams is of use for captured steps alone; set cuda_graphs too")
         if self.cuda_graphs:
             against = {"schedule": "step", "amp": "fp16", "data_parallel": True}
             for name, value in against.items():

@@ -25,12 +25,13 @@ class Device:
     """How a GPU runs, captures and replays; a test puts another in its place.
 
     Attributes:
-        peak_bytes: the allocator's peak by the time of the last capture. Replays use as much, and the allocator, which
-            then has no part in it, does not see it.
+        graph_bytes: what the graph has taken from the allocator for itself. Replays use it without the allocator's
+            seeing, and on several streams at once, so that the peak while capturing says less.
+        peak_bytes: that, with all that lay there before.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.peak_bytes = 0
+        self.graph_bytes = self.peak_bytes = 0
         self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -50,7 +51,8 @@ class Device:
         gc.collect()
         torch.cuda.synchronize(self._stream.device)
         torch.cuda.empty_cache()  # memory that is free outside of a graph is of no use inside
-        graph = torch.cuda.CUDAGraph()
+        graph, device = torch.cuda.CUDAGraph(), self._stream.device
+        lies, taken = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         # Not by torch.cuda.graph, which after an error leaves its stream the current one. Only this thread's calls are
         # watched: that of a loader that pins memory may make any.
         with torch.cuda.stream(self._stream):
@@ -64,7 +66,8 @@ class Device:
                 raise
             graph.capture_end()
         self._graph = graph
-        self.peak_bytes = torch.cuda.max_memory_allocated(self._stream.device)
+        self.graph_bytes = torch.cuda.memory_reserved(device) - taken
+        self.peak_bytes = lies + self.graph_bytes
         return result
 
     def replay(self) -> None:
@@ -116,6 +119,11 @@ class StepGraph:
     def peak_bytes(self) -> int:
         """The memory of a replayed step, with all that lies there beside it; 0 where nothing is captured."""
         return self._device.peak_bytes if self._outputs is not None else 0
+
+    @property
+    def graph_bytes(self) -> int:
+        """What of it is the captured step's own: activations, gradients, results; 0 where nothing is captured."""
+        return self._device.graph_bytes if self._outputs is not None else 0
 
     def step(self, images: Tensor, targets: Tensor) -> StepResult:
         """One step; the result's tensors are the caller's own."""

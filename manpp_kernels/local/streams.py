@@ -1,0 +1,125 @@
+"""Local blocks beside each other on a GPU: a block begins when the one before hands on its features.
+
+What that one has left to do (its auxiliary network, its backward pass, its EMA and optimizer step) nobody has to wait
+for. Small kernels leave most of a GPU idle; those of several blocks fill it, as the one long chain of end-to-end
+backpropagation cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manpp_kernels.local.network import LocalNetwork
+
+
+class OneLane:
+    """The blocks one after the other, where the caller is. The interface of :class:`Streams`."""
+
+    def step(self) -> contextlib.AbstractContextManager[None]:
+        """Around all blocks of a step: they begin after what came before it, and are done before what comes after."""
+        return contextlib.nullcontext()
+
+    def block(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Around what block ``index`` has to do."""
+        return contextlib.nullcontext()
+
+    def take(self, index: int, x: Any) -> Any:
+        """What block ``index`` takes, once it is there."""
+        return x
+
+
+class Streams(OneLane):
+    """The blocks in turn on ``count`` CUDA streams; autograd runs a backward pass where its forward pass ran.
+
+    The allocator gives memory that a block leaves to later blocks on the same stream alone, so that more streams take
+    more of it. Of what a block makes, only its features are used on another stream.
+
+    Args:
+        network: whose blocks do not change each other's tensors.
+        count: of streams; more than there are blocks are of no use.
+        device: a CUDA device.
+
+    Raises:
+        ValueError: blocks would change a tensor that others work with.
+    """
+
+    def __init__(self, network: LocalNetwork, count: int, device: torch.device) -> None:
+        _check_apart(network)
+        self._device = device
+        self._streams = [torch.cuda.Stream(device) for _ in range(min(count, len(network)))]
+        self._handed_on: dict[int, torch.cuda.Event] = {}
+        self._taken: list[tuple[Tensor, int]] = []
+        for index, block in enumerate(network):
+            if block.auxiliary is not None:
+                # When it begins, the features are there. Not a hook behind the body, which torch.compile would take in.
+                block.auxiliary.register_forward_pre_hook(lambda *_, index=index: self._hand_on(index))
+
+    def _hand_on(self, index: int) -> None:
+        self._handed_on[index] = torch.cuda.current_stream(self._device).record_event()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self._device)
+        for stream in self._streams:
+            stream.wait_stream(current)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a capture that has failed, for the reason that is on its way
+                self._join(current)
+            raise
+        self._join(current)
+
+    def _join(self, current: torch.cuda.Stream) -> None:
+        for stream in self._streams:
+            current.wait_stream(stream)
+
+    @contextlib.contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        taken = self._taken = []
+        with torch.cuda.stream(self._streams[index % len(self._streams)]):
+            yield
+        self._taken = []
+        if any(x._version != version for x, version in taken):  # as by way of a view, which has not shown before
+            raise ValueError(_IN_PLACE.format(f"block {index}"))
+
+    def take(self, index: int, x: Tensor) -> Tensor:
+        if index:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(self._handed_on[index - 1])
+            x.record_stream(stream)  # so that the block before leaves its memory alone until this one is done with it
+            self._taken.append((x, x._version))
+        return x
+
+
+_IN_PLACE = (
+    "{} changes the features it takes in place, with which the block before still works; give its first layer "
+    "inplace=False, or set streams=1"
+)
+
+
+def make_lanes(network: LocalNetwork, streams: int, device: torch.device) -> OneLane:
+    """Where the blocks of ``network`` run, on a number of streams.
+
+    Raises:
+        ValueError: blocks would change a tensor that others work with.
+    """
+    return Streams(network, streams, device) if streams > 1 and len(network) > 1 else OneLane()
+
+
+def _check_apart(network: LocalNetwork) -> None:
+    """Raise where blocks cannot run at once."""
+    if network.rule.overlapping:
+        raise ValueError(
+            f"the losses of several blocks train one block by the rule {network.rule.name!r}, so that its blocks "
+            "cannot run at once; set streams=1"
+        )
+    for numbers in network.partition.blocks[1:]:
+        first = network.partition.segments[numbers.start]
+        if first.writes_input:
+            raise ValueError(_IN_PLACE.format(first.name))
