@@ -6,6 +6,7 @@ one optimizer at the end, so that the gradients of all blocks are there at once.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -64,8 +65,9 @@ class EagerManPlusPlus:
         image: tuple[int, ...],
         num_classes: int,
         layout: torch.memory_format = torch.preserve_format,
+        amp: torch.dtype | None = None,
     ) -> None:
-        self.layout = layout
+        self.layout, self.amp = layout, amp
         parts = adapt(model)
         bodies = [parts.stem, *parts.units.values()]
         device = next(model.parameters()).device
@@ -94,8 +96,15 @@ class EagerManPlusPlus:
         x = x.to(memory_format=self.layout)
         self.optimizer.zero_grad()
         for block in self.blocks:
-            x, logits = block(x)
-            F.cross_entropy(logits, targets).backward()
+            with self._autocast(x):
+                x, logits = block(x)
+                loss = F.cross_entropy(logits, targets)
+            loss.backward()
             block.update()
-        F.cross_entropy(self.last(x), targets).backward()
+        with self._autocast(x):
+            loss = F.cross_entropy(self.last(x), targets)
+        loss.backward()
         self.optimizer.step()
+
+    def _autocast(self, x: Tensor) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self.amp is None else torch.autocast(x.device.type, self.amp)

@@ -161,7 +161,10 @@ def training_section(results: dict[str, Any], gpu: bool) -> str:
             ]
         )
     head = ["training", "ms a step", "range", "spread", "of e2e", "over plain PyTorch", f"{memory}, MiB", "of e2e"]
-    return table(head, lines)
+    first = results["rows"][0]
+    recipe = [f"batches of {first['batch']} images of {' x '.join(map(str, first['image']))}", first.get("amp", "fp32")]
+    recipe += ["channels_last"] if first.get("channels_last") else []
+    return f"{', '.join(recipe).capitalize()}.\n\n{table(head, lines)}"
 
 
 def fashion_section(results: dict[str, Any], gpu: bool) -> str:

@@ -30,12 +30,15 @@ from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
 CLASSES = 10
 IMAGE = (3, 16, 16) if QUICK else (3, 32, 32)
-BATCH = 8 if QUICK else 128
+# On a GPU as one trains there.
+GPU = DEVICE.type == "cuda"
+BATCH = 8 if QUICK else 512 if GPU else 128
+RECIPE: dict[str, Any] = {"amp": "bf16", "channels_last": True} if GPU else {}
 # The network, its blocks (the stem and every unit) where a variant says no other, and how many rounds are timed.
 NETWORKS = {"resnet20": (10, 2)} if QUICK else {"resnet32": (16, 11), "resnet110": (55, 7)}
 E2E, EAGER = "e2e", "MAN++, plain PyTorch"
-WIDE = {"width": "wide"}
-FOUR = {"blocks": 4, "balance": "memory", "rule_options": {"width": "narrow"}}
+WIDE, NARROW = {"width": "wide"}, {"width": "narrow"}
+FOUR = {"blocks": 4, "balance": "memory", "rule_options": NARROW}
 
 
 class Trains(Protocol):
@@ -45,7 +48,8 @@ class Trains(Protocol):
 
 
 def _ours(**settings: Any) -> Callable[[nn.Module], Trains]:
-    return lambda model: LocalTrainer(model, TrainerConfig(measure_memory=False, **settings), example=IMAGE)
+    config = TrainerConfig(measure_memory=False, **RECIPE, **settings)
+    return lambda model: LocalTrainer(model, config, example=IMAGE)
 
 
 def _man_pp(form: str, **settings: Any) -> Callable[[nn.Module], Trains]:
@@ -53,14 +57,14 @@ def _man_pp(form: str, **settings: Any) -> Callable[[nn.Module], Trains]:
 
 
 def _plain(layout: torch.memory_format) -> Callable[[nn.Module], Trains]:
-    return lambda model: EagerManPlusPlus(model, IMAGE, CLASSES, layout)
+    return lambda model: EagerManPlusPlus(model, IMAGE, CLASSES, layout, torch.bfloat16 if GPU else None)
 
 
 VARIANTS: dict[str, Callable[[nn.Module], Trains]] = {
     E2E: _ours(rule="e2e"),
     "e2e, checkpointed": _ours(rule="e2e", recompute=True),
     "dgl, wide head": _ours(rule="dgl", rule_options=WIDE),
-    EAGER: _plain(torch.preserve_format),
+    EAGER: _plain(torch.channels_last if GPU else torch.preserve_format),
     "MAN++ activation form": _man_pp("activation"),
     "MAN++ activation form, unlocked": _man_pp("activation", order="unlocked"),
     "MAN++ parameter form": _man_pp("parameter"),
@@ -68,35 +72,37 @@ VARIANTS: dict[str, Callable[[nn.Module], Trains]] = {
     # With few blocks, which cost the least accuracy and time.
     "dgl, narrow head, 4 blocks": _ours(rule="dgl", **FOUR),
     "dgl, narrow head, 4 blocks, checkpointed": _ours(rule="dgl", recompute=True, **FOUR),
+}
+if not GPU:
     # The same in the memory format that convolutions on a CPU prefer.
-    "e2e, channels_last": _ours(rule="e2e", channels_last=True),
-    "MAN++, plain PyTorch, channels_last": _plain(torch.channels_last),
-    "MAN++ parameter form, channels_last": _man_pp("parameter", channels_last=True),
+    VARIANTS |= {
+        "e2e, channels_last": _ours(rule="e2e", channels_last=True),
+        "MAN++, plain PyTorch, channels_last": _plain(torch.channels_last),
+        "MAN++ parameter form, channels_last": _man_pp("parameter", channels_last=True),
+    }
+# What a GPU runs as one graph, and over how many streams.
+CAPTURED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    E2E: ((1,), {"rule": "e2e"}),
+    "e2e, compiled": ((1,), {"rule": "e2e", "compile": "inductor"}),
+    "dgl, wide head": ((1, 4), {"rule": "dgl", "rule_options": WIDE}),
+    "dgl, narrow head": ((1, 2, 3, 4, 8), {"rule": "dgl", "rule_options": NARROW}),
+    "dgl, narrow head, 4 blocks": ((1, 2, 4), {"rule": "dgl", **FOUR}),
+    "dgl, narrow head, 4 blocks, compiled": ((1, 2, 4), {"rule": "dgl", "compile": "inductor", **FOUR}),
+    "MAN++ activation form": ((1, 4), {"rule": "man++", "rule_options": {"form": "activation"}}),
+    "MAN++ parameter form, unlocked": (
+        (1, 2, 4),
+        {"rule": "man++", "rule_options": {"form": "parameter"}, "order": "unlocked"},
+    ),
 }
-# What a GPU runs as one graph, and with the blocks on streams of their own.
-CAPTURED: dict[str, dict[str, Any]] = {
-    E2E: {"rule": "e2e"},
-    "e2e, compiled": {"rule": "e2e", "compile": "inductor"},
-    "dgl, wide head": {"rule": "dgl", "rule_options": WIDE},
-    "dgl, narrow head": {"rule": "dgl", "rule_options": {"width": "narrow"}},
-    "dgl, narrow head, 4 blocks": {"rule": "dgl", **FOUR},
-    "dgl, narrow head, 4 blocks, compiled": {"rule": "dgl", "compile": "inductor", **FOUR},
-    "MAN++ activation form": {"rule": "man++", "rule_options": {"form": "activation"}},
-    "MAN++ parameter form, unlocked": {
-        "rule": "man++",
-        "rule_options": {"form": "parameter"},
-        "order": "unlocked",
-    },
-}
-if DEVICE.type == "cuda":
-    for _name, _settings in CAPTURED.items():
-        VARIANTS[f"{_name}, CUDA graph"] = _ours(cuda_graphs=True, **_settings)
-        if not _name.startswith(E2E):
-            VARIANTS[f"{_name}, CUDA graph, 4 streams"] = _ours(cuda_graphs=True, streams=4, **_settings)
+if GPU:
+    for _name, (_counts, _settings) in CAPTURED.items():
+        for _streams in _counts:
+            _variant = f"{_name}, CUDA graph" + (f", {_streams} streams" if _streams > 1 else "")
+            VARIANTS[_variant] = _ours(cuda_graphs=True, streams=_streams, **_settings)
 
 
 def synchronize() -> None:
-    if DEVICE.type == "cuda":
+    if GPU:
         torch.cuda.synchronize()
 
 
@@ -106,14 +112,14 @@ def step_memory(trainer: Trains, batch: tuple[Tensor, Tensor]) -> dict[str, int]
         t.grad = None
     gc.collect()
     before = 0
-    if DEVICE.type == "cuda":
+    if GPU:
         synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with SavedTensorMeter(trainer.persistent_tensors()) as meter:
         trainer.step(batch)
     memory = {"saved_bytes": meter.peak_bytes}
-    if DEVICE.type == "cuda":
+    if GPU:
         memory["allocated_bytes"] = torch.cuda.max_memory_allocated() - before
     return memory
 
@@ -131,7 +137,7 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
     """A row for each variant."""
     blocks, usual = NETWORKS[network]
     rounds = rounds or usual
-    steps = 3 if DEVICE.type == "cuda" and not QUICK else 1
+    steps = 3 if GPU and not QUICK else 1
     torch.manual_seed(0)
     batch = torch.randn(BATCH, *IMAGE, device=DEVICE), torch.randint(0, CLASSES, (BATCH,), device=DEVICE)
     trainers: dict[str, Trains] = {}
@@ -152,7 +158,7 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
         for name, trainer in trainers.items():
             times[name].append(step_seconds(trainer, batch, steps))
         again.append(step_seconds(trainers[variants[0]], batch, steps))
-    kind = "allocated_bytes" if DEVICE.type == "cuda" else "saved_bytes"
+    kind = "allocated_bytes" if GPU else "saved_bytes"
     medians = {name: statistics.median(t) for name, t in times.items()}
     return [
         {
@@ -160,6 +166,7 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
             "blocks": blocks,
             "batch": BATCH,
             "image": list(IMAGE),
+            **RECIPE,
             "variant": name,
             "seconds": round(medians[name], 6),
             "min_seconds": round(min(times[name]), 6),
@@ -186,7 +193,7 @@ def _quotient(over: list[float], under: list[float]) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    kind = "allocated_bytes" if DEVICE.type == "cuda" else "saved_bytes"
+    kind = "allocated_bytes" if GPU else "saved_bytes"
 
     def share(value: float | None, form: str) -> str:
         return "-" if value is None else form.format(value)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from manpp_kernels.local.network import LocalNetwork
+from manpp_kernels.ops.detach_copy import detach_copy
 
 
 class OneLane:
@@ -36,24 +37,27 @@ class OneLane:
 class Streams(OneLane):
     """The blocks in turn on ``count`` CUDA streams; autograd runs a backward pass where its forward pass ran.
 
-    The allocator gives memory that a block leaves to later blocks on the same stream alone, so that more streams take
-    more of it. Of what a block makes, only its features are used on another stream.
+    A block takes a copy of the features it works on, so that nothing but a copy waits for another stream. The allocator
+    gives memory that a block has done with to later blocks on the same stream alone: more streams take more of it.
 
     Args:
-        network: whose blocks do not change each other's tensors.
+        network: whose blocks share no trained parameters.
         count: of streams; more than there are blocks are of no use.
         device: a CUDA device.
 
     Raises:
-        ValueError: blocks would change a tensor that others work with.
+        ValueError: the losses of several blocks train one block.
     """
 
     def __init__(self, network: LocalNetwork, count: int, device: torch.device) -> None:
-        _check_apart(network)
+        if network.rule.overlapping:
+            raise ValueError(
+                f"the losses of several blocks train one block by the rule {network.rule.name!r}, so that its blocks "
+                "cannot run at once; set streams=1"
+            )
         self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(min(count, len(network)))]
         self._handed_on: dict[int, torch.cuda.Event] = {}
-        self._taken: list[tuple[Tensor, int]] = []
         for index, block in enumerate(network):
             if block.auxiliary is not None:
                 # When it begins, the features are there. Not a hook behind the body, which torch.compile would take in.
@@ -79,47 +83,28 @@ class Streams(OneLane):
         for stream in self._streams:
             current.wait_stream(stream)
 
-    @contextlib.contextmanager
-    def block(self, index: int) -> Iterator[None]:
-        taken = self._taken = []
-        with torch.cuda.stream(self._streams[index % len(self._streams)]):
-            yield
-        self._taken = []
-        if any(x._version != version for x, version in taken):  # as by way of a view, which has not shown before
-            raise ValueError(_IN_PLACE.format(f"block {index}"))
+    def block(self, index: int) -> contextlib.AbstractContextManager[None]:
+        return torch.cuda.stream(self._stream(index))
 
     def take(self, index: int, x: Tensor) -> Tensor:
-        if index:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(self._handed_on[index - 1])
-            x.record_stream(stream)  # so that the block before leaves its memory alone until this one is done with it
-            self._taken.append((x, x._version))
+        if index == 0:
+            return x
+        stream = self._stream(index)
+        stream.wait_event(self._handed_on[index - 1])
+        x = detach_copy(x)
+        # Behind this wait, which comes after all that it has to do by now, the stream before may use the memory of its
+        # features again. (Tensor.record_stream would keep that until the end of a capture.)
+        self._stream(index - 1).wait_event(stream.record_event())
         return x
 
-
-_IN_PLACE = (
-    "{} changes the features it takes in place, with which the block before still works; give its first layer "
-    "inplace=False, or set streams=1"
-)
+    def _stream(self, index: int) -> torch.cuda.Stream:
+        return self._streams[index % len(self._streams)]
 
 
 def make_lanes(network: LocalNetwork, streams: int, device: torch.device) -> OneLane:
     """Where the blocks of ``network`` run, on a number of streams.
 
     Raises:
-        ValueError: blocks would change a tensor that others work with.
+        ValueError: the losses of several blocks train one block.
     """
     return Streams(network, streams, device) if streams > 1 and len(network) > 1 else OneLane()
-
-
-def _check_apart(network: LocalNetwork) -> None:
-    """Raise where blocks cannot run at once."""
-    if network.rule.overlapping:
-        raise ValueError(
-            f"the losses of several blocks train one block by the rule {network.rule.name!r}, so that its blocks "
-            "cannot run at once; set streams=1"
-        )
-    for numbers in network.partition.blocks[1:]:
-        first = network.partition.segments[numbers.start]
-        if first.writes_input:
-            raise ValueError(_IN_PLACE.format(first.name))
