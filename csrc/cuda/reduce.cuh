@@ -6,7 +6,7 @@
 namespace manpp::cuda {
 
 // Shares of one sum, at most: a single block adds them up, 64 a thread, which is a matter of two microseconds or so.
-constexpr int64_t kMostShares = 64 * kThreads;
+constexpr int64_t kMostShares = 256 * kThreads;
 
 // Counters of arrivals, all at zero, for a kernel that leaves them at zero.
 struct Arrivals {
@@ -57,7 +57,7 @@ __device__ __forceinline__ bool add_shares(
     return false;
   }
   double sum = 0;
-#pragma unroll 8
+#pragma unroll 16
   for (int64_t i = threadIdx.x; i < static_cast<int64_t>(count) * columns; i += kThreads) { // always the same column
     sum += __ldcg(shares + i);
   }

@@ -16,7 +16,7 @@ constexpr int64_t kSegment = 1024; // elements of a row that up to a warp takes 
 // Blocks of a launch that sums, at least where there is work for as many: several times what the largest GPUs run at
 // once, so that they end together, and few enough that their shares are added up in no time (where a block has many sums to
 // leave, kMostShares makes it fewer). On an H100 1,024 blocks mostly took longer, up to 11 %.
-constexpr int64_t kBlocks = 8192;
+constexpr int64_t kBlocks = 16384;
 
 template <class T>
 struct Operands {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Threads side by side along the channels: of a block, lines of 128 bytes, what memory is read in at a time.
 template <class T, int V>
-constexpr int kWidth = V == 1 ? 32 : 128 / (V * static_cast<int>(sizeof(T)));
+constexpr int kWidth = V == 1 ? 32 : 256 / (V * static_cast<int>(sizeof(T)));
 
 // channels_last: `width` threads (a power of two) take V neighbouring channels each, and those after them the next
 // pixels. Such a stretch of channels is a unit.
