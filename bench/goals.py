@@ -149,5 +149,8 @@ def _training(results: dict[str, Any]) -> Iterator[Goal]:
 
 def goals(results: dict[str, Any], cuda: bool) -> Iterable[Goal]:
     """All goals that these results can be held against."""
-    yield from (_cuda if cuda else _cpu)(results)
-    yield from _training(results)
+    if cuda:
+        yield from _cuda(results)
+    else:
+        yield from _cpu(results)
+        yield from _training(results)

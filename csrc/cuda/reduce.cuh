@@ -5,7 +5,7 @@
 
 namespace manpp::cuda {
 
-// Shares of one sum, at most: a single block adds them up, 64 a thread, which is a matter of two microseconds or so.
+// Shares of one sum, at most: a single block adds them up, 256 a thread, 16 of which are on their way at a time.
 constexpr int64_t kMostShares = 256 * kThreads;
 
 // Counters of arrivals, all at zero, for a kernel that leaves them at zero.
