@@ -25,10 +25,14 @@ def test_the_sample_runs_as_printed(tmp_path: Path) -> None:
     assert re.fullmatch(r"\[(\d+\.\d+, ){3}\d+\.\d+\]\n", done.stdout)
 
 
-def test_the_sample_of_an_adapter_runs_as_printed(tmp_path: Path) -> None:
-    (sample,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
+PRINTED = {"models.md": "4 local blocks\n", "training.md": "2 epochs\n"}
+
+
+@pytest.mark.parametrize("page", PRINTED)
+def test_the_sample_of_a_page_runs_as_printed(page: str, tmp_path: Path) -> None:
+    (sample,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
     done = subprocess.run([sys.executable, "-c", sample], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "4 local blocks\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, PRINTED[page]), done.stderr
 
 
 def test_the_commands_exist() -> None:
