@@ -7,7 +7,7 @@
 #include "../multi_tensor.h"
 
 // One function body, compiled for two instruction sets; the loader picks the better one that the processor has. Not for
-// AVX-512: these loops wait for memory, and 512-bit vectors made them 8 to 18 % slower out of cache (AMD EPYC, Zen 4).
+// AVX-512: these loops wait for memory, and 512-bit vectors made them 8 to 21 % slower out of cache (AMD EPYC, Zen 4).
 #if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12)
 #define MANPP_SIMD __attribute__((target_clones("arch=x86-64-v3", "default")))
 // With AVX-512 as well: for loops that compute for longer than they wait.

@@ -13,9 +13,9 @@ namespace {
 constexpr const char* kName = "scale_bias_mix_backward";
 constexpr int kFlight = 2; // vectors of each operand that a thread keeps in flight
 constexpr int64_t kSegment = 1024; // elements of a row that up to a warp takes at a time
-// Blocks of a launch that sums, at least where there is work for as many: several times what the largest GPUs run at
+// Blocks of a launch that sums, at least where there is work for as many: many times what the largest GPUs run at
 // once, so that they end together, and few enough that their shares are added up in no time (where a block has many sums to
-// leave, kMostShares makes it fewer). On an H100 8,192 blocks take 1 % longer, and 1,024 mostly more, up to 11 %.
+// leave, kMostShares makes it fewer). On an H100 8,192 blocks take up to 1 % longer, and 1,024 mostly more still.
 constexpr int64_t kBlocks = 16384;
 
 template <class T>
