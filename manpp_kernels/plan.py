@@ -136,11 +136,12 @@ class EmaPlan:
     """An EMA update of fixed lists of tensors, prepared once: the fast form of :func:`manpp_kernels.ema_scale_update`.
 
     An update costs microseconds on the host (of a GPU some 9 for ten tensors, 0.14 for each of a thousand), allocates
-    nothing and never waits for the device; it can be captured in a CUDA graph. A plan notices a tensor whose memory has moved (an assignment to
-    ``.data``, ``module.to()``, ``resize_``), builds itself anew and carries on: it never writes through an address that
-    has gone stale. (Inside a CUDA graph the addresses are those of the capture.) Whether an EMA requires grad, which is
-    an error while gradients are recorded, a plan without ``bias`` asks when it is built: asking takes as long as the
-    update. The references that it keeps let ``torch.utils.swap_tensors`` refuse.
+    nothing and never waits for the device; it can be captured in a CUDA graph. A plan notices a tensor whose memory
+    has moved (an assignment to ``.data``, ``module.to()``, ``resize_``), builds itself anew and carries on: it never
+    writes through an address that has gone stale. (Inside a CUDA graph the addresses are those of the capture.)
+    Whether an EMA requires grad, which is an error while gradients are recorded, a plan without ``bias`` asks when it
+    is built: asking takes as long as the update. The references that it keeps let ``torch.utils.swap_tensors``
+    refuse.
 
     Args:
         ema, params, bias, groups, total, rounding, generator: as for :func:`manpp_kernels.ema_scale_update`. The plan
