@@ -11,6 +11,7 @@
 // launch. A kernel that does not come to its end leaves them as they are, and the whole context unusable with them.
 #include "reduce.cuh"
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <mutex>
@@ -20,10 +21,11 @@ namespace manpp::cuda {
 
 namespace {
 
-// Of streams and captures together: 1 MB. Those past it have their counters cleared ahead of every launch.
-constexpr uint32_t kOwners = 512;
+// Of streams and captures together: 1 MB, for 512 owners of the largest reductions, or 2^18 of a single sum. Launches of
+// those past it have their counters cleared ahead of each.
+constexpr uint32_t kCounters = 512 * kMostArrivals;
 
-__device__ uint32_t counters_of_all[kOwners * kMostArrivals];
+__device__ uint32_t counters_of_all[kCounters];
 
 void check(cudaError_t error) {
   cuda::check(error, "the counters of a reduction cannot be had");
@@ -49,11 +51,12 @@ Owner owner_of(cudaStream_t stream) {
 
 struct Device {
   uint32_t* counters = nullptr;
-  std::map<Owner, uint32_t> places;
+  uint32_t taken = 0;
+  std::map<std::pair<Owner, uint32_t>, uint32_t> places; // by how many they are: an owner may have several
 };
 
-// The device's counters of `owner`, or nothing.
-uint32_t* find_counters(int index, const Owner& owner) {
+// `size` counters of `owner` on the device, or nothing.
+uint32_t* find_counters(int index, const Owner& owner, uint32_t size) {
   static std::mutex mutex;
   static auto* devices = new std::map<int, Device>(); // outlives whatever may still launch as the process ends
   std::lock_guard<std::mutex> lock(mutex);
@@ -66,14 +69,16 @@ uint32_t* find_counters(int index, const Owner& owner) {
     check(cudaGetSymbolAddress(&address, counters_of_all));
     device.counters = static_cast<uint32_t*>(address);
   }
-  auto place = device.places.find(owner);
+  auto key = std::make_pair(owner, size);
+  auto place = device.places.find(key);
   if (place == device.places.end()) {
-    if (device.places.size() == kOwners) {
+    if (kCounters - device.taken < size) {
       return nullptr;
     }
-    place = device.places.emplace(owner, static_cast<uint32_t>(device.places.size())).first;
+    place = device.places.emplace(key, device.taken).first;
+    device.taken += size;
   }
-  return device.counters + place->second * kMostArrivals;
+  return device.counters + place->second;
 }
 
 } // namespace
@@ -81,7 +86,11 @@ uint32_t* find_counters(int index, const Owner& owner) {
 Arrivals arrivals(const Tensor& like, cudaStream_t stream, uint32_t count) {
   STD_TORCH_CHECK(count <= kMostArrivals, "manpp_kernels: a reduction with more sums than counters");
   Arrivals found;
-  found.counters = find_counters(like.get_device_index(), owner_of(stream));
+  uint32_t size = 1; // few sizes, so that an owner has few places
+  while (size < count) {
+    size *= 4;
+  }
+  found.counters = find_counters(like.get_device_index(), owner_of(stream), std::min(size, kMostArrivals));
   if (found.counters == nullptr) {
     found.own = scratch(like, count * static_cast<int64_t>(sizeof(uint32_t)));
     found.counters = static_cast<uint32_t*>(found.own.data_ptr());

@@ -255,12 +255,12 @@ extern "C" __attribute__((visibility("default"))) const char* manpp_emulated_lau
   return names.c_str();
 }
 
-// The address of the counters that a launch would get now, with `count` of them at zero; 0 where they would be of that
-// launch alone.
-extern "C" __attribute__((visibility("default"))) uint64_t manpp_emulated_counters(uint32_t* count) {
+// The address of the `count` counters that a launch would get now, and how many of them are at zero; 0 where they would
+// be of that launch alone.
+extern "C" __attribute__((visibility("default"))) uint64_t manpp_emulated_counters(uint32_t count, uint32_t* zeros) {
   const int64_t none = 0;
-  Arrivals found = arrivals(torch::stable::empty({&none, 1}), current_stream(0), kMostArrivals);
-  *count = static_cast<uint32_t>(std::count(found.counters, found.counters + kMostArrivals, 0u));
+  Arrivals found = arrivals(torch::stable::empty({&none, 1}), current_stream(0), count);
+  *zeros = static_cast<uint32_t>(std::count(found.counters, found.counters + count, 0u));
   return found.own.defined() ? 0 : reinterpret_cast<uint64_t>(found.counters);
 }
 

@@ -27,6 +27,7 @@ CHUNK = 4096  # csrc/cuda/chunks.cuh, as are the capacities of a table without a
 CAPACITY, CAPACITY_WITH_WEIGHTS = 1216, 704
 GROUPS = 256  # csrc/cuda/ema_scale_update_backward.cu: of one launch
 COUNTERS, OWNERS = 512, 512  # csrc/cuda/reduce.cuh and arrivals.cu: of one launch, and who may have so many
+SIZES = (1, 4, 16, 64, 256, COUNTERS)  # which launches of one owner share
 # (ema, params, bias) that there are kernels for, and some that go to the kernel for any mix.
 SPECIALISED = [
     (F32, F32, F32),
@@ -49,11 +50,11 @@ def current_stream(stream: int = 0, capture: int = 0) -> None:
     EMULATION.manpp_emulate_stream(ctypes.c_uint64(stream), ctypes.c_uint64(capture))
 
 
-def counters() -> int:
+def counters(count: int = COUNTERS) -> int:
     """Where the current stream's counters of arrivals are (0 where each launch gets its own); all have to be 0."""
     zeros = ctypes.c_uint32()
-    address = EMULATION.manpp_emulated_counters(ctypes.byref(zeros))
-    assert zeros.value == COUNTERS
+    address = EMULATION.manpp_emulated_counters(ctypes.c_uint32(count), ctypes.byref(zeros))
+    assert zeros.value == count
     return address
 
 
@@ -62,7 +63,8 @@ def _fresh() -> Iterator[None]:
     with manpp_kernels.use_backend("cpu"):
         launches()
         yield
-    counters()
+    for size in SIZES:
+        counters(size)
 
 
 @pytest.fixture
@@ -226,14 +228,25 @@ def test_a_stream_and_a_capture_have_counters_of_their_own() -> None:
         found[owner] = counters()
     assert len({default, *found.values()}) == 1 + len(owners)
     assert all(abs(a - b) >= 4 * COUNTERS for a, b in itertools.combinations([default, *found.values()], 2))
+    current_stream(1)
+    places = sorted((counters(size), size) for size in SIZES)
+    assert all(a + 4 * size <= b for (a, size), (b, _) in itertools.pairwise(places))
+    assert counters(3) == counters(4)
     for owner in owners:  # for good
         current_stream(*owner)
         assert counters() == found[owner]
     # Graphs do not end as far as anyone can tell: at last their launches get counters that are cleared before each.
-    for capture in range(100, 100 + OWNERS):
+    # Of those that sum up one number, as a layer's scale, there may be thousands.
+    for capture in range(100, 100 + 10 * OWNERS):
         current_stream(1, capture)
-        last = counters()
-    assert last == 0
+        assert counters(1) != 0
+    more = itertools.count(100 + 10 * OWNERS)
+    for size in reversed(SIZES):
+        address = 1
+        while address != 0:
+            current_stream(1, next(more))
+            address = counters(size)
+    assert next(more) < 100 + 12 * OWNERS
     assert effective_weights_backward([3 * CHUNK, 5], [1, 0], torch.ones(2), F32) == ["ema_scale_update_backward"]
     scale = torch.ones(3, requires_grad=True)
     scale_bias_mix(torch.ones(2, 3, 80, 80), torch.zeros(2, 3, 80, 80), scale).sum().backward()
