@@ -144,7 +144,7 @@ def host_section(results: dict[str, Any], gpu: bool) -> str:
 
 def training_section(results: dict[str, Any], gpu: bool) -> str:
     kind = "allocated_bytes" if gpu else "saved_bytes"
-    memory = "allocator's peak above rest" if gpu else "saved activations"
+    memory = "memory of a step" if gpu else "saved activations"
     lines = []
     for r in results["rows"]:
         spread = r["again_seconds"]

@@ -148,8 +148,9 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
         trainer.step(batch)  # the optimizer's state, the plans, the choice of convolutions
         memory[name] = step_memory(trainer, batch)
         graph: StepGraph | None = getattr(trainer, "_graph", None)
-        while graph is not None and not graph.graph_bytes:  # so that nothing is captured in timed steps
+        for _ in range(StepGraph.WARM_UP if graph is not None else 0):  # so that nothing is captured in timed steps
             trainer.step(batch)
+        if graph is not None:
             memory[name]["allocated_bytes"] = graph.graph_bytes
         trainers[name] = trainer
     times: dict[str, list[float]] = {name: [] for name in variants}

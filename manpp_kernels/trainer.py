@@ -101,6 +101,7 @@ class LocalTrainer(Resumable):
         self.device = torch.device(device) if device is not None else like.device
         rule = make_rule(config.rule, config.rule_options)
         rule.check_order(config.order)
+        rule.check_streams(config.streams)
         self._layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.model = model.to(self.device)
         blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
@@ -132,10 +133,11 @@ class LocalTrainer(Resumable):
         check_optimizers(self.optimizers)
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
         check_schedulers(self.schedulers, config.schedule)
+        modules = [self.network, *([criterion] if isinstance(criterion, nn.Module) else [])]
         self._graph: StepGraph | None = None
         if config.cuda_graphs:
-            self._graph = make_step_graph(self._compute, self.network, self.optimizers, self.device)
-        self._lanes = make_lanes(self.network, config.streams, self.device)
+            self._graph = make_step_graph(self._compute, modules, self.optimizers, self.device)
+        self._lanes = make_lanes(self.network, config.streams, self.device, shared=modules[1:])
 
         self.epoch = 0
         self.position = 0
@@ -289,9 +291,10 @@ class LocalTrainer(Resumable):
             The history, a row for each epoch: ``epoch`` (from 1), ``train_loss`` and ``train_acc`` (the network's own,
             over the epoch's steps), ``val_loss`` and ``val_acc`` (None without ``val_loader``), ``lr``, ``seconds`` (of
             the training), ``seconds_per_step`` (without the first, which measures memory), ``images_per_second``,
-            ``peak_memory_bytes`` and ``memory`` (what that is: on CUDA the allocator's peak over the epoch, elsewhere
-            the peak of live saved tensors in its first step). Ctrl-C ends it after the step at hand: the checkpoint is
-            written, ``interrupted`` set, the history so far returned; a second Ctrl-C raises at once.
+            ``peak_memory_bytes`` and ``memory`` (what that is: on CUDA the allocator's peak over the epoch, or what lay
+            there and what a captured step takes; elsewhere the peak of live saved tensors in its first step). Ctrl-C
+            ends it after the step at hand: the checkpoint is written, ``interrupted`` set, the history so far returned;
+            a second Ctrl-C raises at once.
         """
         path = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
         if checkpoint_every is not None and path is None:
@@ -348,6 +351,8 @@ class LocalTrainer(Resumable):
             now = time.perf_counter()
             totals.tick(now - last, timed=i > 0)
             last = now
+            if measure and self._graph is not None:
+                totals.peak_memory = max(totals.peak_memory, self._graph.peak_bytes)
             if on_step is not None:
                 on_step(self, result)
             if path is not None and every and self.position % every == 0:
@@ -359,8 +364,7 @@ class LocalTrainer(Resumable):
             torch.cuda.synchronize(self.device)
             totals.tick(time.perf_counter() - last, timed=True, steps=0)
             if measure:
-                replayed = self._graph.peak_bytes if self._graph is not None else 0
-                totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device), replayed)
+                totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device))
         return True
 
     def _batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -31,7 +31,9 @@ CASES = {
 }
 
 
-def make(device: str = "cpu", scheduler: Any = None, optimizer: Any = None, **config: Any) -> LocalTrainer:
+def make(
+    device: str = "cpu", scheduler: Any = None, optimizer: Any = None, criterion: Any = None, **config: Any
+) -> LocalTrainer:
     torch.manual_seed(0)
     model = CifarResNet((1, 1, 1), num_classes=4, widths=(8, 12, 16)).double().to(device)
     return LocalTrainer(
@@ -40,6 +42,7 @@ def make(device: str = "cpu", scheduler: Any = None, optimizer: Any = None, **co
         example=torch.randn(2, 3, 8, 8, dtype=torch.float64),
         scheduler=scheduler,
         optimizer=optimizer,
+        criterion=criterion,
     )
 
 
@@ -106,11 +109,11 @@ class Recorder:
     def forget(self) -> None: ...
 
 
-def recorded(trainer: LocalTrainer) -> Recorder:
+def recorded(trainer: LocalTrainer, *criteria: torch.nn.Module) -> Recorder:
     """Put a graph into a trainer on the CPU."""
     recorder = Recorder(trainer)
     device: Any = recorder
-    trainer._graph = StepGraph(trainer._compute, trainer.network, trainer.optimizers, device)
+    trainer._graph = StepGraph(trainer._compute, [trainer.network, *criteria], trainer.optimizers, device)
     return recorder
 
 
@@ -209,6 +212,21 @@ def test_what_changes_in_between_is_noticed(change: str, steps: int, counts: tup
     assert_same(eager, graphed)
 
 
+def test_a_criterion_with_other_weights_is_noticed() -> None:
+    def make_one() -> tuple[LocalTrainer, torch.nn.CrossEntropyLoss]:
+        criterion = torch.nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 1.0, 0.5]).double())
+        return make(rule="dgl", criterion=criterion), criterion
+
+    (eager, _), (graphed, criterion) = make_one(), make_one()
+    recorder = recorded(graphed, criterion)
+    step_both(eager, graphed, 5)
+    for trainer in (eager, graphed):
+        trainer._criterion.func.weight = torch.tensor([0.5, 1.0, 3.0, 1.0]).double()  # type: ignore[attr-defined]
+    step_both(eager, graphed, 5)
+    assert (recorder.runs, recorder.captures, recorder.replays) == (6, 2, 4)
+    assert_same(eager, graphed)
+
+
 def test_a_checkpoint_from_before_the_first_step(tmp_path) -> None:
     """Loaded when a step is about to be captured: the momentum that it makes would begin anew at every replay."""
     eager, graphed = make(rule="dgl"), make(rule="dgl")
@@ -227,7 +245,7 @@ def test_a_checkpoint_from_before_the_first_step(tmp_path) -> None:
 def test_a_trainer_and_its_graph_go_with_its_last_reference() -> None:
     trainer = make(rule="dgl")
     gone = weakref.ref(trainer)
-    trainer._graph = StepGraph(trainer._compute, trainer.network, trainer.optimizers, Recorder(None))  # type: ignore[arg-type]
+    trainer._graph = StepGraph(trainer._compute, [trainer.network], trainer.optimizers, Recorder(None))  # type: ignore[arg-type]
     trainer.step(batches(1)[0])
     gc.disable()
     try:

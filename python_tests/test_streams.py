@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manpp_kernels import use_backend
+from manpp_kernels.cli.parsing import UserError
+from manpp_kernels.cli.settings import Settings
 from manpp_kernels.local.streams import Streams
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
@@ -29,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "man++, unlocked": {"rule": "man++", "order": "unlocked"},
     "man++, parameter form": {"rule": "man++", "rule_options": {"form": "parameter"}},
     "man++, parameter form, unlocked": {"rule": "man++", "rule_options": {"form": "parameter"}, "order": "unlocked"},
+    "auglocal": {"rule": "auglocal"},
+    "auglocal, unlocked": {"rule": "auglocal", "order": "unlocked"},
     "man++, stages": {"rule": "man++", "rule_options": {"units": "stages"}},
     "accumulated, clipped": {"rule": "man++", "accumulate": 2, "clip_norm": 0.5},
     "accumulated, clipped, unlocked": {"rule": "man++", "accumulate": 2, "clip_norm": 0.5, "order": "unlocked"},
@@ -89,6 +93,8 @@ class Races(TorchDispatchMode):
             if argument.is_write:
                 value = args[i] if i < len(args) else kwargs.get(argument.name)
                 writes |= {self._key(t) for t in tree_leaves(value) if isinstance(t, Tensor)}
+        if str(func).startswith("aten.native_batch_norm.") and args[5]:  # whose schema does not say so
+            writes |= {self._key(t) for t in args[3:5] if isinstance(t, Tensor)}
         reads = {self._key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)} - writes
         out = func(*args, **kwargs)
         made = {self._key(t) for t in tree_leaves(out) if isinstance(t, Tensor)} - reads - writes
@@ -248,6 +254,42 @@ def test_a_block_may_change_its_features_in_place(cuda: Races) -> None:
 def test_overlapping_blocks(cuda: Races, rule: str) -> None:
     with pytest.raises(ValueError, match=f"by the rule '{rule}'.*streams=1"):
         on_streams(make(rule=rule), 2)
+    with pytest.raises(ValueError, match=f"by the rule '{rule}'.*streams=1"):
+        make(rule=rule, cuda_graphs=True, streams=2)
+    with pytest.raises(UserError, match=f"by the rule '{rule}'.*streams=1"):
+        Settings.of({"data": "digits", "rule": rule, "cuda_graphs": True, "streams": 2})
+
+
+def test_a_normalisation_that_two_blocks_share(cuda: Races) -> None:
+    norm = nn.BatchNorm2d(4, affine=False)
+    units = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *units, nn.Flatten(), nn.Linear(4 * 36, 4)).double()
+    trainer = LocalTrainer(model, TrainerConfig(rule="dgl"), example=(3, 8, 8))
+    with pytest.raises(ValueError, match=r"blocks 1 and 2 share the buffer body\.0\.0\.1\.running_mean.*streams=1"):
+        on_streams(trainer, 2)
+
+
+class Averaging(nn.Module):
+    """A criterion with a memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(logits, targets)
+        self.mean.lerp_(loss.detach(), 0.1)
+        return loss
+
+
+def test_a_criterion_that_changes(cuda: Races) -> None:
+    trainer, criterion = make(rule="dgl"), Averaging()
+    trainer._lanes = Streams(trainer.network, 2, trainer.device, [criterion])
+    for block in trainer.network:
+        (block.auxiliary or block).criterion = criterion  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"the criterion changes a buffer.*streams=1"), cuda:
+        trainer.step(batches(1)[0])
+    assert any(found.startswith("race: aten.lerp_") for found in cuda.found)
 
 
 def test_settings() -> None:

@@ -146,7 +146,9 @@ class Settings:
                 run,
                 TrainerConfig(**trainer, rule_options=rule or None),
             )
-            make_rule(settings.trainer.rule, settings.trainer.rule_options)
+            chosen = make_rule(settings.trainer.rule, settings.trainer.rule_options)
+            chosen.check_order(settings.trainer.order)
+            chosen.check_streams(settings.trainer.streams)
             if run.observe and settings.trainer.cuda_graphs:
                 raise ValueError("observe looks into every step, which cuda_graphs leaves to the device alone; use one")
         except (ValueError, TypeError) as error:

@@ -47,12 +47,14 @@ class TrainerConfig:
             that steps every step. For optimizers that can be captured (SGD; Adam and its like with
             ``capturable=True``), and not with ``amp="fp16"``, whose loss scaling waits for the device, or
             ``data_parallel``. A replay repeats what the captured step did on the device, and none of its Python: no
-            hooks, no counters or random numbers on the host, no numbers of modules that were changed since. It has
-            memory of its own, beside which a batch of another size needs its own: leave room for both
-            (``peak_memory_bytes`` is that of the larger).
+            hooks, no counters or random numbers on the host, no numbers of modules that were changed since. (Tensors of
+            the network, and of a criterion that is a module, may be replaced; a criterion keeps no others from one call
+            to the next.) It has memory of its own, beside which a batch of another size needs its own: leave room for
+            both (``peak_memory_bytes`` is that of the larger).
         streams: over which a captured step spreads its blocks, in turn: each begins as soon as the one before hands on
-            its features, beside what that has left to do. The values are those of blocks one after the other. Memory
-            that one stream has done with is not another's, and cuBLAS takes some for each.
+            its features, beside what that has left to do. The values are those of blocks one after the other, where the
+            criterion changes no tensors of its own. Memory that one stream has done with is not another's, and cuBLAS
+            takes some for each.
         data_parallel: train a copy on every rank of ``torch.distributed``'s default process group, on batches of its
             own (as of a ``DistributedSampler``), with averaged gradients. All but ``evaluate`` is then called on every
             rank, with as many batches and the same folder for checkpoints. Running statistics are each rank's own, and
@@ -95,7 +97,7 @@ class TrainerConfig:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm has to be positive or None, and is {self.clip_norm}")
         if self.streams > 1 and not self.cuda_graphs:
-            raise ValueError("streams is of use for captured steps alone; set cuda_graphs too")
+            raise ValueError("streams is of use for captured steps alone; set cuda_graphs too, or streams to 1")
         if self.cuda_graphs:
             against = {"schedule": "step", "amp": "fp16", "data_parallel": True}
             for name, value in against.items():

@@ -90,7 +90,7 @@ class StepGraph:
         compute: a whole step on images and targets, from dropping the gradients to the optimizer. What it does has to
             depend on tensors alone, and it must not wait for the device. A bound method, whose object is not kept
             alive: that owns the graph.
-        module: whose parameters and buffers it works on.
+        modules: whose parameters and buffers it works on.
         optimizers: those it steps.
         device: where it runs.
     """
@@ -98,11 +98,16 @@ class StepGraph:
     WARM_UP = 3  # steps of a shape before one is captured: the optimizer's state, the plans, the libraries' choices
 
     def __init__(
-        self, compute: Compute, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: Device
+        self,
+        compute: Compute,
+        modules: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        device: Device,
     ) -> None:
         self._compute, self._optimizers, self._device = weakref.WeakMethod(compute), optimizers, device
         # Where the tensors are registered: a replaced one shows there, and going through the modules takes longer.
-        self._places = [place for m in module.modules() for place in (m._parameters, m._buffers) if place]
+        every = [m for module in modules for m in module.modules()]
+        self._places = [place for m in every for place in (m._parameters, m._buffers) if place]
         self.forget()
 
     def forget(self) -> None:
@@ -194,7 +199,7 @@ class StepGraph:
 
 
 def make_step_graph(
-    compute: Compute, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: torch.device
+    compute: Compute, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], device: torch.device
 ) -> StepGraph:
     """A :class:`StepGraph` for a device.
 
@@ -204,7 +209,7 @@ def make_step_graph(
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs needs a CUDA device, and the model is on {device}")
     check_capturable(optimizers)
-    return StepGraph(compute, module, optimizers, Device(device))
+    return StepGraph(compute, modules, optimizers, Device(device))
 
 
 def check_capturable(optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -8,11 +8,11 @@ backpropagation cannot.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.ops.detach_copy import detach_copy
@@ -44,17 +44,18 @@ class Streams(OneLane):
         network: whose blocks share no trained parameters.
         count: of streams; more than there are blocks are of no use.
         device: a CUDA device.
+        shared: modules that every block calls, as the criterion.
 
     Raises:
-        ValueError: the losses of several blocks train one block.
+        ValueError: blocks would change a tensor that others work with.
     """
 
-    def __init__(self, network: LocalNetwork, count: int, device: torch.device) -> None:
-        if network.rule.overlapping:
-            raise ValueError(
-                f"the losses of several blocks train one block by the rule {network.rule.name!r}, so that its blocks "
-                "cannot run at once; set streams=1"
-            )
+    def __init__(
+        self, network: LocalNetwork, count: int, device: torch.device, shared: Sequence[nn.Module] = ()
+    ) -> None:
+        network.rule.check_streams(count)
+        _check_apart(network)
+        self._shared = [b for module in shared for b in module.buffers()]
         self._device = device
         self._streams = [torch.cuda.Stream(device) for _ in range(min(count, len(network)))]
         self._handed_on: dict[int, torch.cuda.Event] = {}
@@ -69,6 +70,7 @@ class Streams(OneLane):
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         current = torch.cuda.current_stream(self._device)
+        versions = [b._version for b in self._shared]
         for stream in self._streams:
             stream.wait_stream(current)
         try:
@@ -78,6 +80,8 @@ class Streams(OneLane):
                 self._join(current)
             raise
         self._join(current)
+        if versions != [b._version for b in self._shared]:
+            raise ValueError("the criterion changes a buffer, which blocks at once cannot share; set streams=1")
 
     def _join(self, current: torch.cuda.Stream) -> None:
         for stream in self._streams:
@@ -101,10 +105,24 @@ class Streams(OneLane):
         return self._streams[index % len(self._streams)]
 
 
-def make_lanes(network: LocalNetwork, streams: int, device: torch.device) -> OneLane:
-    """Where the blocks of ``network`` run, on a number of streams.
+def make_lanes(
+    network: LocalNetwork, streams: int, device: torch.device, *, shared: Sequence[nn.Module] = ()
+) -> OneLane:
+    """Where the blocks of ``network`` run, on a number of streams; ``shared`` are modules that every block calls.
 
     Raises:
-        ValueError: the losses of several blocks train one block.
+        ValueError: blocks would change a tensor that others work with.
     """
-    return Streams(network, streams, device) if streams > 1 and len(network) > 1 else OneLane()
+    return Streams(network, streams, device, shared) if streams > 1 and len(network) > 1 else OneLane()
+
+
+def _check_apart(network: LocalNetwork) -> None:
+    """Raise where two blocks have a buffer in common, as that of a batch normalisation used twice."""
+    owner: dict[Tensor, int] = {}
+    for index, block in enumerate(network):
+        for name, buffer in block.named_buffers():
+            if owner.setdefault(buffer, index) != index:
+                raise ValueError(
+                    f"blocks {owner[buffer]} and {index} share the buffer {name}, so that they cannot run at once; set "
+                    "streams=1"
+                )

@@ -56,6 +56,14 @@ class Rule:
                 f"step, and order is {order!r}; use order='published'"
             )
 
+    def check_streams(self, streams: int) -> None:
+        """Raise ValueError where this rule's blocks cannot run at once."""
+        if self.overlapping and streams > 1:
+            raise ValueError(
+                f"the losses of several blocks train one block by the rule {self.name!r}, so that its blocks cannot "
+                "run at once; set streams=1"
+            )
+
     def auxiliary(self, site: Site) -> Auxiliary:
         """The auxiliary network of one block; the caller moves it to the model's device and dtype.
 
