@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "auglocal": {"rule": "auglocal"},
     "auglocal, unlocked": {"rule": "auglocal", "order": "unlocked"},
     "man++, stages": {"rule": "man++", "rule_options": {"units": "stages"}},
+    "compiled": {"rule": "dgl", "blocks": 3, "compile": "aot_eager"},
     "accumulated, clipped": {"rule": "man++", "accumulate": 2, "clip_norm": 0.5},
     "accumulated, clipped, unlocked": {"rule": "man++", "accumulate": 2, "clip_norm": 0.5, "order": "unlocked"},
 }
