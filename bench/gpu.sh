@@ -3,8 +3,8 @@
 #
 #   bench/gpu.sh [--device cpu] [--quick] [PART...]
 #
-# Parts: build doctor tests sanitizer large micro host training fashion (all of them by default, in this order). micro is
-# micro-ema, micro-mix and micro-copy.
+# Parts: build doctor tests sanitizer large micro host variants training fashion (all of them by default, in this order).
+# micro is micro-ema, micro-mix and micro-copy.
 # Nothing is downloaded. Wanted: Python with torch, triton, pybind11, pytest, pytest-benchmark, hypothesis, expecttest, timm,
 # matplotlib; nvcc, cmake, ninja.
 # Results go to $OUT (./out by default): a JSON file for each benchmark, and the logs of all parts in logs.tar.gz.
@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     *) PARTS+=("$1"); shift ;;
   esac
 done
-[ ${#PARTS[@]} -gt 0 ] || PARTS=(build doctor tests sanitizer large micro host training fashion)
+[ ${#PARTS[@]} -gt 0 ] || PARTS=(build doctor tests sanitizer large micro host variants training fashion)
 
 export PYTHON OUT PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" MANPP_BENCH_DEVICE=$DEVICE
 
@@ -88,6 +88,7 @@ prewarm_training() {
 
 micro() { "$PYTHON" -m manpp_kernels.cli bench "$1" --json "$OUT/$1.json" ${MANPP_BENCH_QUICK:+--quick}; }
 host() { "$PYTHON" bench/host_cost.py --json "$OUT/host_cost.json"; }
+variants() { "$PYTHON" bench/ema_variants.py --json "$OUT/ema_variants.json"; }
 training() { "$PYTHON" bench/training.py --json "$OUT/training.json"; }
 fashion() { "$PYTHON" bench/fashion_mnist.py --json "$OUT/fashion_mnist.json" ${MANPP_DATA:+--data-root "$MANPP_DATA"}; }
 
@@ -147,6 +148,7 @@ tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 { wants micro || wants micro-mix; } && part 60 micro-mix micro scale_bias_mix
 { wants micro || wants micro-copy; } && part 70 micro-copy micro detach_copy
 wants host && part 40 host host
+wants variants && [ "$DEVICE" = cuda ] && part 60 variants variants
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 wants training && part 110 training training
 wants fashion && part 180 fashion fashion

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +70,27 @@ def test_host_cost(bench, tmp_path, capsys):
     assert {(r["work"], r["tensors"]) for r in rows} == {
         (work, count) for work in ("update", "update + weights") for count in (10, 100, 1000)
     }
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_variants_of_the_ema_kernel_compile(bench, tmp_path):
+    variants = bench("ema_variants")
+    library = variants.compile_library(tmp_path, "sm_90")
+    for name, _ in variants.VARIANTS.values():
+        assert hasattr(ctypes.CDLL(str(library)), name)
+
+
+def test_pieces_of_a_variant_cover_every_element(bench):
+    variants = bench("ema_variants")
+    inputs = bench("ema_contenders").make_inputs([(1000,), (0,), (512,), (3,)], variants.FP32, 1)
+    rows = variants.pieces(inputs, 512).tolist()
+    ema, params = inputs.ema, inputs.params
+    assert rows == [
+        [ema[0].data_ptr(), params[0].data_ptr(), 512],
+        [ema[0].data_ptr() + 2048, params[0].data_ptr() + 2048, 488],
+        [ema[2].data_ptr(), params[2].data_ptr(), 512],
+        [ema[3].data_ptr(), params[3].data_ptr(), 3],
+    ]
 
 
 def test_training(bench, tmp_path, capsys):
