@@ -50,7 +50,7 @@ class RunConfig:
         "resnet32", "resnet20, 32, 44, 56, 110 for small images, one of torchvision's, or timm/NAME", metavar="NAME"
     )
     epochs: int = option(10, "passes over the training images", minimum=1)
-    batch_size: int = option(128, "images a step", minimum=2)
+    batch_size: int = option(128, "images a step, of all processes together", minimum=2)
     optimizer: str = option("sgd", "any optimizer of torch.optim; sgd comes with Nesterov momentum", metavar="NAME")
     lr: float | None = option(None, "learning rate; by default 0.1 per 128 images for sgd, 0.001 for adamw", minimum=0)
     weight_decay: float | None = option(
@@ -70,13 +70,15 @@ class RunConfig:
 
 
 # Fields of the trainer's that are no options here: the optimizer has options of its own above, and the options of the
-# rules are options in their own right. Data parallel is for programs that torchrun starts.
-_HIDDEN = {"learning_rate", "sgd_momentum", "nesterov", "weight_decay", "rule_options", "data_parallel"}
+# rules are options in their own right.
+_HIDDEN = {"learning_rate", "sgd_momentum", "nesterov", "weight_decay", "rule_options"}
 # What the trainer's documentation says in terms of Python, said in terms of the command line.
 _TEXTS = {
     "rule": f"{', '.join(rule_names())} [{TrainerConfig.rule}]",
     "blocks": "K, how many local blocks; or the last unit of each but the last, as layer1.4,layer2.4; by default every "
     "unit is a block (e2e: one block)",
+    "data_parallel": "train in all processes that torchrun has started, each on its share of every batch: "
+    "torchrun --nproc-per-node 2 -m manpp_kernels.cli train --data-parallel …",
 }
 # Above, the schedule is its shape; the trainer's field of this name says how often it moves.
 _RENAMED = {"schedule": "schedule_every"}
@@ -151,6 +153,8 @@ class Settings:
             chosen.check_streams(settings.trainer.streams)
             if run.observe and settings.trainer.cuda_graphs:
                 raise ValueError("observe looks into every step, which cuda_graphs leaves to the device alone; use one")
+            if run.observe and settings.trainer.data_parallel:
+                raise ValueError("observe looks at one process's images, and data_parallel trains in several; use one")
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         return settings

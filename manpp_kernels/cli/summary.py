@@ -18,7 +18,7 @@ from manpp_kernels.data import ImageData
 from manpp_kernels.trainer import LocalTrainer
 
 
-def summary(trainer: LocalTrainer, data: ImageData) -> dict[str, Any]:
+def summary(trainer: LocalTrainer, data: ImageData, ranks: int = 1) -> dict[str, Any]:
     """Blocks, images, parameters and the environment of a run.
 
     ``auxiliary_parameters`` are those trained beside the model, ``ema_parameters`` the averaged ones, which are not
@@ -35,6 +35,7 @@ def summary(trainer: LocalTrainer, data: ImageData) -> dict[str, Any]:
         "auxiliary_parameters": _count(p for p in beside if p.requires_grad),
         "ema_parameters": _count(p for p in beside if not p.requires_grad),
         "epochs": trainer.epoch,
+        "processes": ranks,
         "environment": environment(trainer.device),
     }
 

@@ -22,6 +22,7 @@ from manpp_kernels.cli.logs import TensorBoardLog, write_csv
 from manpp_kernels.cli.observe import BlockObserver, scalars
 from manpp_kernels.cli.parsing import UserError, did_you_mean
 from manpp_kernels.cli.plots import plot_curves
+from manpp_kernels.cli.ranks import Ranks, device_named, joined
 from manpp_kernels.cli.recipe import default_lr, optimizer_factory, scheduler_factory
 from manpp_kernels.cli.settings import Settings
 from manpp_kernels.cli.summary import summary
@@ -68,25 +69,45 @@ def train(
     Raises:
         UserError: the settings do not fit each other, the data or this machine.
     """
+    with joined(settings.trainer.data_parallel, settings.run.device) as ranks:
+        return _train(settings, place, display, ranks, resume, stop)
+
+
+def _train(
+    settings: Settings,
+    place: Path | Callable[[], Path],
+    display: Display,
+    ranks: Ranks,
+    resume: Path | None,
+    stop: Callable[[], bool] | None,
+) -> Result:
     run = settings.run
-    device = _device(run.device)
+    display.console.quiet = not ranks.first
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    with _as_user_errors():
-        data = _data(settings)
-        loader, val_loader = _loaders(settings, data, device)
-        torch.manual_seed(run.seed)
-        observer = _observer(settings) if run.observe else None
-        trainer = _trainer(settings, device, data, len(loader), None if observer is None else observer.criterion)
-        if resume is not None:
-            trainer.load(resume)
+
+    def made() -> Path:
         folder = place if isinstance(place, Path) else place()
         folder.mkdir(parents=True, exist_ok=True)
         settings.save(folder / CONFIG_NAME)
+        return folder
+
+    with _as_user_errors():
+        data = _data(settings, ranks)
+        loader, val_loader = _loaders(settings, data, ranks)
+        torch.manual_seed(run.seed)
+        observer = _observer(settings) if run.observe else None
+        criterion = None if observer is None else observer.criterion
+        trainer = _trainer(settings, ranks.device, data, len(loader), criterion)
+        if not ranks.first:  # whose dropout is its own, as its images are
+            torch.manual_seed(run.seed + ranks.rank)
+        if resume is not None:
+            trainer.load(resume)
+        folder = ranks.agree(made)
     if observer is not None:
         observer.attach(trainer, folder)
     with contextlib.ExitStack() as stack:
-        board = TensorBoardLog(folder, trainer.epoch) if run.tensorboard else None
+        board = TensorBoardLog(folder, trainer.epoch) if run.tensorboard and ranks.first else None
         if board is not None:
             stack.callback(board.close)
         steps, done = run.epochs * len(loader), trainer.epoch * len(loader) + trainer.position
@@ -104,7 +125,8 @@ def train(
 
         def on_epoch(trainer: LocalTrainer, row: dict[str, Any]) -> None:
             display.epoch(row, run.epochs)
-            write_csv(trainer.history, folder / "history.csv")
+            if ranks.first:
+                write_csv(trainer.history, folder / "history.csv")
             if board is not None:
                 board.epoch(row)
             for measured in observer.epoch(trainer, folder) if observer is not None else ():
@@ -124,12 +146,13 @@ def train(
             raise UserError(_NO_MEMORY) from error
         except (DataError, BatchError) as error:
             raise UserError(str(error)) from error
-    plot_curves({settings.trainer.rule: history}, folder / "curves.png")
-    export_weights(trainer.model, folder / "model.safetensors")
-    if not trainer.interrupted:
-        with atomic_path(folder / SUMMARY_NAME) as path:
-            path.write_text(json.dumps(summary(trainer, data), indent=1) + "\n", encoding="utf-8")
-    return Result(folder, history, trainer.interrupted, device.type == "cuda")
+    if ranks.first:
+        plot_curves({settings.trainer.rule: history}, folder / "curves.png")
+        export_weights(trainer.model, folder / "model.safetensors")
+        if not trainer.interrupted:
+            with atomic_path(folder / SUMMARY_NAME) as path:
+                path.write_text(json.dumps(summary(trainer, data, ranks.count), indent=1) + "\n", encoding="utf-8")
+    return Result(folder, history, trainer.interrupted, ranks.device.type == "cuda")
 
 
 def prepared_step(settings: Settings) -> Callable[[], None]:
@@ -138,12 +161,13 @@ def prepared_step(settings: Settings) -> Callable[[], None]:
     Raises:
         UserError: the settings do not fit each other, the data or this machine.
     """
-    device = _device(settings.run.device)
+    device = device_named(settings.run.device)
+    alone = Ranks(0, 1, device)
     if settings.run.threads is not None:
         torch.set_num_threads(settings.run.threads)
     with _as_user_errors():
-        data = _data(settings)
-        loader, _ = _loaders(settings, data, device)
+        data = _data(settings, alone)
+        loader, _ = _loaders(settings, data, alone)
         torch.manual_seed(settings.run.seed)
         trainer = _trainer(settings, device, data, len(loader), None)
     batch = next(iter(loader))
@@ -188,15 +212,7 @@ def _fitting(model: str, size: int) -> Iterator[None]:
         ) from error
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch sees no CUDA device; use --device cpu")
-    return torch.device(name)
-
-
-def _data(settings: Settings) -> ImageData:
+def _data(settings: Settings, ranks: Ranks) -> ImageData:
     config, run = settings.data, settings.run
     data = load(
         config.data,
@@ -206,7 +222,17 @@ def _data(settings: Settings) -> ImageData:
         test_limit=config.test_limit,
         download=config.download,
     )
-    least = 2 * settings.trainer.accumulate
+    if run.batch_size % ranks.count:
+        raise UserError(
+            f"a batch of {run.batch_size} images does not come out even over {ranks.count} processes: choose a "
+            "multiple of their number"
+        )
+    if ranks.count > 1 and (len(data.train) < run.batch_size or len(data.test) < ranks.count):
+        raise UserError(
+            f"{len(data.train)} training and {len(data.test)} test images are too few for {ranks.count} processes and "
+            f"batches of {run.batch_size}"
+        )
+    least = 2 * settings.trainer.accumulate * ranks.count
     if min(run.batch_size, len(data.train)) < least:
         raise UserError(
             f"there are {len(data.train)} training images in batches of {run.batch_size}: "
@@ -215,10 +241,11 @@ def _data(settings: Settings) -> ImageData:
     return data
 
 
-def _loaders(settings: Settings, data: ImageData, device: torch.device) -> tuple[Any, Any]:
+def _loaders(settings: Settings, data: ImageData, ranks: Ranks) -> tuple[Any, Any]:
     """The loaders of training and test images."""
     config, run = settings.data, settings.run
-    placing: dict[str, Any] = {"device": device, "workers": config.workers}
+    share = (ranks.rank, ranks.count)
+    placing: dict[str, Any] = {"device": ranks.device, "workers": config.workers, "share": share}
     train = training_loader(data, run.batch_size, seed=run.seed, crop=config.crop, flip=config.flip, **placing)
     # Evaluation keeps no activations, so that larger batches fit; they change nothing but the time.
     return train, evaluation_loader(data, max(run.batch_size, 256), **placing)

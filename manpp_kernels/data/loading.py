@@ -20,6 +20,8 @@ from manpp_kernels.data.datasets import ImageData, ImageSource, MemoryImages
 
 # What a sampler hands to the dataset for one batch: the indices of its images, and the seed of its augmentation.
 BatchKey = tuple[Tensor, int]
+Share = tuple[int, int]
+ALONE: Share = (0, 1)
 
 
 class EpochBatches(Sampler[BatchKey]):
@@ -31,15 +33,24 @@ class EpochBatches(Sampler[BatchKey]):
         seed: of the order and of the augmentation.
         shuffle: a new random order every epoch; otherwise the images' own order.
         drop_last: leave out a smaller last batch, unless it is the only one.
+        share: the number of a process and how many there are, each of which gets its part of every batch.
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, seed: int = 0, shuffle: bool = True, drop_last: bool = False
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        share: Share = ALONE,
     ) -> None:
         if length < 1 or batch_size < 1:
             raise ValueError(f"there are {length} images for batches of {batch_size}: both have to be 1 or more")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last and length >= batch_size
+        self.rank, self.ranks = share
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -52,7 +63,10 @@ class EpochBatches(Sampler[BatchKey]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator) if self.shuffle else torch.arange(self.length)
         seeds = torch.randint(1 << 62, (len(self),), generator=generator).tolist()
-        yield from zip(order.split(self.batch_size), seeds, strict=False)  # one seed fewer where the last is dropped
+        for batch, seed in zip(order.split(self.batch_size), seeds, strict=False):  # one seed fewer: the last dropped
+            part = batch[self.rank :: self.ranks]
+            if len(part):
+                yield part, seed + self.rank
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor]]):
@@ -97,6 +111,7 @@ def training_loader(
     crop: int | None = None,
     flip: bool | None = None,
     workers: int = 0,
+    share: Share = ALONE,
 ) -> DataLoader[Any]:
     """Augmented batches in an order of their own for every epoch; call ``loader.sampler.set_epoch`` before each.
 
@@ -104,6 +119,7 @@ def training_loader(
         device: where images that are in memory are kept, augmented and handed out.
         crop, flip: pixels to shift by and whether to mirror; None for the set's recipe.
         workers: processes that decode images which are not in memory.
+        share: (number, count) of this process among those that train: its part of every batch, which is of all.
 
     Raises:
         ValueError: ``crop`` is as large as the images.
@@ -117,15 +133,16 @@ def training_loader(
     transform = training_transform(crop, data.flip if flip is None else flip, data.mean, data.std)
     images = _placed(data.train, device)
     # A last batch of one image would break batch normalisation.
-    return _loader(images, transform, EpochBatches(len(images), batch_size, seed=seed, drop_last=True), workers)
+    batches = EpochBatches(len(images), batch_size, seed=seed, drop_last=True, share=share)
+    return _loader(images, transform, batches, workers)
 
 
 def evaluation_loader(
-    data: ImageData, batch_size: int, *, device: torch.device | str = "cpu", workers: int = 0
+    data: ImageData, batch_size: int, *, device: torch.device | str = "cpu", workers: int = 0, share: Share = ALONE
 ) -> DataLoader[Any]:
-    """The test images, in order and without augmentation."""
+    """The test images, in order and without augmentation; of several processes each gets its part."""
     images = _placed(data.test, device)
-    batches = EpochBatches(len(images), batch_size, shuffle=False)
+    batches = EpochBatches(len(images), batch_size, shuffle=False, share=share)
     return _loader(images, evaluation_transform(data.mean, data.std), batches, workers)
 
 
