@@ -10,6 +10,7 @@ Each operator also has the overloads ``.eager`` and ``.triton``, with the same s
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +37,11 @@ class Operator:
         if not backends.CUDA_COMPILED and backends.TRITON_INSTALLED:
             library.impl(name, self._triton, "CUDA")
         packet = getattr(torch.ops.manpp_kernels, name)
+        written = [i for i, a in enumerate(packet.default._schema.arguments) if a.is_write]
+        for overload in (packet.default, packet.eager, packet.triton) if written else ():
+            library.impl(
+                overload, functools.partial(_tell_autograd, overload, written), "ADInplaceOrView", with_keyset=True
+            )
         self._by_backend = {
             None: packet.default,
             "cpu": packet.default,
@@ -55,6 +61,18 @@ class Operator:
     def overloads(self) -> list[torch._ops.OpOverload]:
         """Every overload, for registering one autograd formula on all of them."""
         return list(dict.fromkeys(self._by_backend.values()))
+
+
+def _tell_autograd(overload: Any, written: list[int], keyset: Any, *args: Any) -> Any:
+    """Run an operator, and count its writes: a graph that has saved a tensor must know that it is another by now.
+
+    Here and not around the call, so that the graph of a compiled function knows, too.
+    """
+    for i in written:
+        if isinstance(args[i], Tensor) or args[i]:
+            torch.autograd.graph.increment_version(args[i])
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
 
 def checked_operator(name: str, signature: str, *, declined: Any) -> Callable[..., Any]:

@@ -239,6 +239,30 @@ def test_compile_with_inductor() -> None:
     assert torch.equal(ema, expected)
 
 
+def _saved_then_updated(x: Tensor, p: Tensor) -> Tensor:
+    y = (x * p).sum()
+    ema_scale_update([x], [p.detach()], 0.5)
+    return y
+
+
+def _saved_then_copied_into(x: Tensor, p: Tensor) -> Tensor:
+    y = (x * p).sum()
+    detach_copy(p.detach(), x)
+    return y
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("function", [_saved_then_updated, _saved_then_copied_into])
+def test_what_was_saved_for_a_backward_pass_and_then_written_is_an_error(
+    target: Target, function: Callable[..., Tensor], compiled: bool
+) -> None:
+    """A gradient of other values would come out, and did in compiled functions."""
+    call = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    x, p = torch.full((3,), 2.0, device=target.device), torch.ones(3, device=target.device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        call(x, p).backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(target: Target, dtype: torch.dtype) -> None:
     """Under autocast the maps come out of layers in half precision; scale stays a float32 parameter."""

@@ -66,8 +66,6 @@ def detach_copy(
     if by_pytorch:
         return out.copy_(x)
     _copy(x.device, x, out)
-    if not compiling:
-        torch.autograd.graph.increment_version(out)
     return out
 
 

@@ -227,6 +227,8 @@ def ema_scale_update(
     if rounding == "nearest" and not torch.compiler.is_compiling():
         done, out = _common_case(ema, params, momentum, scale, biases, groups, total)
         if done:
+            # Autograd must know of a write it did not see, or a graph that saved the old EMA would use the new one.
+            torch.autograd.graph.increment_version(ema)
             return _finish(ema, scale, biases, groups, total, out)
     check_arguments(ema, params, momentum, scale, biases, groups, total, rounding, generator)
     out = None if biases is None else [torch.empty_like(b.detach()) for b in biases]
@@ -256,7 +258,7 @@ def _common_case(
         or type(total) is not float
         or not math.isfinite(total)
         or (scale is None) != (bias is None)
-        or (scale is None and groups is not None)
+        or (groups is not None and (scale is None or len(groups) != len(ema)))
         or not compiled_serves(ema, params, bias or (), () if scale is None else (scale,))
         or (torch.is_grad_enabled() and any(e.requires_grad for e in ema))
     ):
@@ -300,10 +302,7 @@ def _finish(
     total: float,
     out: list[Tensor] | None,
 ) -> list[Tensor] | None:
-    """What follows an update: autograd learns of it, and the effective weights get their place in the graph."""
-    if not torch.compiler.is_compiling():
-        # Autograd must know of a write it did not see, or a graph that saved the old EMA would use the new one.
-        torch.autograd.graph.increment_version(ema)
+    """What follows an update: the effective weights get their place in the graph."""
     if bias is None or out is None or scale is None:
         return None
     return attach_effective_weights(out, scale, bias, ema, list(groups or ()), float(total))
@@ -331,11 +330,8 @@ def check_arguments(
     compiling = torch.compiler.is_compiling()
     if not compiling and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (*ema, *params))):
         raise RuntimeError("a transform of torch.func sees no write in place; update the EMA outside of it")
-    if bias is not None and not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            "the effective weights are not differentiable by torch.func, whose transforms see no write in place; use "
-            "torch.autograd, or update the EMA first and compute the weights inside the transform"
-        )
+    if bias is not None and not compiling:
+        check_no_transform(scale, bias)
     devices = {e.device for e in ema}
     for device in devices:
         if not compiling:
@@ -353,6 +349,19 @@ def check_arguments(
         read += [("bias", i, b) for i, b in enumerate(bias or ())]
         read += [(name, None, t) for name, t in (("momentum", momentum), ("scale", scale)) if isinstance(t, Tensor)]
         _checks.check_no_overlap([("ema", i, e) for i, e in enumerate(ema)], read)
+
+
+def check_no_transform(scale: Tensor | None, bias: list[Tensor]) -> None:
+    """Raise where a transform wants the derivative of the effective weights, and would take it for zero."""
+    forward_ad = torch.autograd.forward_ad
+    dual = forward_ad._current_level >= 0 and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in (scale, *bias)
+    )
+    if dual or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "the effective weights are not differentiable by torch.func or in forward mode, which see no write in "
+            "place; use torch.autograd, or update the EMA first and compute the weights inside the transform"
+        )
 
 
 def _update_on(
