@@ -120,7 +120,7 @@ bool scale_fits(const Arguments& a, const Facts& first) {
   }
   Facts scale(a.scale->get());
   int64_t entries = scale.known ? scale.numel() : 0;
-  return scale.known && scale.dim <= 1 && scale.device_type == first.device_type &&
+  return scale.known && scale.address != nullptr && scale.dim <= 1 && scale.device_type == first.device_type &&
       scale.device_index == first.device_index && (!a.groups.empty() || entries == 1) &&
       std::all_of(a.groups.begin(), a.groups.end(), [&](int64_t g) { return 0 <= g && g < entries; });
 }

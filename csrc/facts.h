@@ -28,6 +28,11 @@ struct Facts {
     }
     int64_t* borrowed = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &address));
+    int64_t offset = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t, &offset));
+    if (reinterpret_cast<uintptr_t>(address) == static_cast<uintptr_t>(offset * element_size(type))) {
+      address = nullptr; // a view of a storage that was freed
+    }
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &borrowed));
     sizes = borrowed;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &borrowed));

@@ -152,7 +152,8 @@ class _Launches:
         for _, e, p in averaged:
             if e.device != p.device:
                 # An EMA kept elsewhere, as on the CPU for a model on a GPU: the model is brought there first.
-                here = torch.empty_like(p, device=e.device, requires_grad=False)
+                with torch.inference_mode(False):  # it is written in later updates, too
+                    here = torch.empty_like(p, device=e.device, requires_grad=False)
                 self._brought.append((here, p))
                 p = here
             lists = groups[e.device, rounding(e.dtype)]
@@ -257,6 +258,8 @@ class ModelEma(nn.Module):
         if dtype is not None:
             self.module.to(dtype=dtype)
         self._generators: dict[torch.device, torch.Generator] = {}
+        # Of generators that are still to be made: where a pickle is opened, their device may not be there.
+        self._generator_states: dict[torch.device, Tensor] = {}
         self._forget()
 
     # --- the schedule and the updates, as timm has them
@@ -370,7 +373,10 @@ class ModelEma(nn.Module):
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.stochastic_rounding_seed)
+            generator = torch.Generator(device).manual_seed(self.stochastic_rounding_seed)
+            if device in self._generator_states:
+                generator.set_state(self._generator_states.pop(device))
+            self._generators[device] = generator
         return self._generators[device]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -378,12 +384,7 @@ class ModelEma(nn.Module):
         # random numbers goes along, generators themselves cannot where they belong to a GPU.
         state = self.__dict__.copy()
         state["_prepared"], state["_model"] = {}, None
-        state["_generators"] = {d: g.get_state() for d, g in self._generators.items()}
+        state["_generators"] = {}
+        states = {d: g.get_state() for d, g in self._generators.items()}
+        state["_generator_states"] = {**self._generator_states, **states}
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        states = state.pop("_generators")
-        super().__setstate__(state)
-        self._generators = {}
-        for device, value in states.items():
-            self._generator(device).set_state(value)

@@ -21,6 +21,10 @@ library.define(
 )
 
 
+# Lazily negated views, of which the memory is not the value; not by way of copies, whose addresses would be kept.
+library.impl("_plan_create", lambda *_: 0, "Negative")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Lists:
     """What a plan was built for; bias, groups and weights are empty without effective weights."""
@@ -71,7 +75,7 @@ class _TritonLaunch:
 
     def __init__(self, lists: _Lists) -> None:
         self._lists = lists
-        self._tensors = [*lists.ema, *lists.params, *lists.bias]
+        self._tensors = [*lists.ema, *lists.params, *lists.bias, *lists.weights]
         self._seen = self._look()
         self._built = False
 
@@ -200,8 +204,12 @@ class EmaPlan:
             raise ValueError(f"a plan works on one device, and there are ema tensors on {sorted(map(str, devices))}")
         self.device = next(iter(devices), torch.device("cpu"))
         if self.bias is not None and not self._weights_fit(self.bias):
-            self.weights = [torch.empty_like(b, requires_grad=False) for b in self.bias]
-        self._seed = torch.empty((), dtype=torch.int64, device=self.device) if self.rounding == "stochastic" else None
+            with torch.inference_mode(False):  # what is made there stays of no use elsewhere
+                self.weights = [torch.empty_like(b, requires_grad=False) for b in self.bias]
+        self._seed: Tensor | None = None
+        if self.rounding == "stochastic":
+            with torch.inference_mode(False):
+                self._seed = torch.empty((), dtype=torch.int64, device=self.device)
         self._requires_grad = any(e.requires_grad for e in self.ema)
         self._written, self._asked = self.ema + (self.weights or []), self.ema + (self.bias or [])
         self._launch: _Launch | None = None  # built at the first update, for the backend in force by then
@@ -210,7 +218,7 @@ class EmaPlan:
     def _weights_fit(self, bias: list[Tensor]) -> bool:
         """Whether the weights can stay at their addresses although something moved."""
         return self.weights is not None and all(
-            w.shape == b.shape and w.dtype == b.dtype and w.device == b.device
+            w.shape == b.shape and w.dtype == b.dtype and w.device == b.device and not _checks.freed(w)
             for w, b in zip(self.weights, bias, strict=True)
         )
 
@@ -222,7 +230,7 @@ class EmaPlan:
         launch: _Launch | None = None
         if selected in ("cpu", "cuda"):
             launch = _CompiledLaunch.build(lists)
-        elif selected == "triton":
+        elif selected == "triton" and not any(t.is_neg() for t in (*lists.params, *lists.bias)):
             launch = _TritonLaunch(lists)
         self._launch = _OperatorLaunch(lists) if launch is None else launch
         self._update_alone = self._launch.update if self.bias is None and self._seed is None else None
@@ -274,6 +282,11 @@ class EmaPlan:
             _checks.check_scale(scale, self.bias, self.groups, self.total, len(self.ema))
             if scale is not None and scale.device != self.device:
                 raise ValueError(f"scale is on {scale.device}, ema on {self.device}")
+        if self.bias is not None:
+            op.check_no_transform(scale, self.bias)
+        without = isinstance(momentum, Tensor) and momentum.data_ptr() == 0
+        if without or (scale is not None and scale.data_ptr() == 0):
+            self._build(momentum, scale)  # which says that it has no memory
         # One question for all tensors, which may come to require grad at any time: put one by one, it would take as
         # long as the launch.
         grad = torch.is_grad_enabled() and torch._C._any_requires_grad(self._asked, scale)

@@ -52,6 +52,16 @@ def test_copies(target: Target, dtype: torch.dtype, make: Callable[[nn.Module], 
         assert torch.equal(a, b), name
 
 
+def test_a_pickle_whose_device_is_not_there() -> None:
+    """As where an EMA that was on a GPU is opened without one: its random numbers wait for that device."""
+    ema = ModelEma(nn.Linear(3, 3), decay=0.5)
+    elsewhere, state = torch.device("cuda", 7), torch.arange(16, dtype=torch.uint8)
+    ema._generator_states[elsewhere] = state
+    for other in (copy.deepcopy(ema), pickle.loads(pickle.dumps(ema)), roundtrip(ema)):
+        other.update(nn.Linear(3, 3))
+        assert torch.equal(other._generator_states[elsewhere], state)
+
+
 def test_state_dict_round_trip(target: Target) -> None:
     """Also from timm's, and into it: the keys are the same."""
     model = Net().to(target.device)

@@ -269,6 +269,19 @@ def test_misuse_of_a_plan(case: str, backend: str) -> None:
         assert same_bytes(t, b)
 
 
+def test_no_groups_for_some_tensors() -> None:
+    ema, bias = [torch.ones(3)], [torch.ones(3)]
+    with pytest.raises(ValueError, match="groups has 0 entries and ema has 1"):
+        ema_scale_update(ema, [torch.zeros(3)], 0.5, scale=torch.ones(()), bias=bias, groups=[])
+    assert ema[0].tolist() == [1.0] * 3
+
+
+def test_columns_of_one_matrix_under_another_default_device() -> None:
+    matrix = torch.zeros(4, 2)
+    with torch.device("meta"):
+        ema_scale_update([matrix[:, 0]], [matrix[:, 1]], 0.5)
+
+
 def test_the_arguments_do_work() -> None:
     assert len(ema_scale_update(**valid())) == 2
 

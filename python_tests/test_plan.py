@@ -16,7 +16,7 @@ from reference import DTYPES, LAYOUTS, SIZES, Sample, assert_effective_weights, 
 from torch import Tensor, nn
 
 import manpp_kernels
-from manpp_kernels import EmaPlan, ema_scale_update
+from manpp_kernels import EmaPlan, detach_copy, ema_scale_update
 
 SHAPES = [(3,), (2, 5), (2, 3, 4, 5), (0, 2), ()]
 
@@ -251,6 +251,103 @@ def test_storage_that_was_freed_is_an_error(target: Target) -> None:
     for update in (lambda: plan.update(0.5), lambda: ema_scale_update(ema, params, 0.5)):
         with pytest.raises(ValueError, match=r"params\[0\].*memory"):
             update()
+    assert ema.tolist() == [0.5] * 6
+
+
+def test_a_view_of_storage_that_was_freed_is_an_error(target: Target) -> None:
+    """Whose address is not 0 then, as of the views of a flat parameter."""
+    flat = torch.ones(100, device=target.device)
+    ema, params = flat[50:], torch.zeros(50, device=target.device)
+    plan = EmaPlan(ema, params)
+    plan.update(0.5)
+    flat.untyped_storage().resize_(0)
+    for update in (
+        lambda: plan.update(0.5),
+        lambda: ema_scale_update(ema, params, 0.5),
+        lambda: ema_scale_update(params, ema, 0.5),
+        lambda: detach_copy(params, ema),
+        lambda: detach_copy(ema, params),
+    ):
+        with pytest.raises(ValueError, match="has no memory"):
+            update()
+    assert params.tolist() == [0.0] * 50
+
+
+def test_scale_and_momentum_that_were_freed_are_errors(target: Target) -> None:
+    ema, params = torch.ones(6, device=target.device), torch.zeros(6, device=target.device)
+    scale, momentum = torch.ones((), device=target.device), torch.full((), 0.5, device=target.device)
+    plain, weighted = EmaPlan(ema, params), EmaPlan(ema, params, bias=params.clone())
+    plain.update(momentum)
+    weighted.update(0.5, scale)
+    for t in (scale, momentum):
+        t.untyped_storage().resize_(0)
+    for update in (
+        lambda: plain.update(momentum),
+        lambda: weighted.update(0.5, scale),
+        lambda: ema_scale_update([ema], [params], momentum),
+        lambda: ema_scale_update([ema], [params], 0.5, scale=scale, bias=[params.clone()]),
+    ):
+        with pytest.raises(ValueError, match=r"(scale|momentum) has no memory"):
+            update()
+    assert ema.tolist() == [0.25] * 6
+
+
+@pytest.mark.parametrize("how", ["freed", "moved"])
+def test_effective_weights_in_other_memory(target: Target, how: str) -> None:
+    ema, params, bias = (torch.full((6,), float(i), device=target.device) for i in range(3))
+    plan = EmaPlan(ema, params, bias=bias)
+    scale = torch.ones((), device=target.device)
+    plan.update(0.5, scale)
+    assert plan.weights is not None
+    if how == "freed":
+        plan.weights[0].untyped_storage().resize_(0)
+    else:
+        plan.weights[0].data = torch.zeros(6, device=target.device)
+    found = plan.update(0.5, scale)
+    assert found is not None
+    assert found[0].tolist() == [2.75] * 6
+
+
+def test_params_that_are_lazily_negated(target: Target) -> None:
+    """Their value is read at each update, and not that of a copy that was made for the first."""
+    z = torch.complex(torch.arange(6.0), torch.arange(6.0)).to(target.device)
+    params = z.conj().imag
+    assert params.is_neg()
+    ema, scale = torch.zeros(6, device=target.device), torch.ones((), device=target.device)
+    plan = EmaPlan(ema, params, bias=params)
+    for factor in (1, 3):
+        z.mul_(factor)
+        found = plan.update(0.0, scale)
+        assert torch.equal(ema, params)
+        assert found is not None
+        assert torch.equal(found[0], 2 * params)
+
+
+def test_first_used_in_inference_mode(target: Target) -> None:
+    ema = torch.zeros(6, dtype=torch.bfloat16, device=target.device)
+    params, bias = (torch.ones(6, device=target.device, requires_grad=True) for _ in range(2))
+    scale = torch.ones((), device=target.device)
+    plan = EmaPlan(ema, params, bias=bias, rounding="stochastic")
+    with torch.inference_mode():
+        plan.update(0.5, scale)
+    found = plan.update(0.5, scale)
+    assert found is not None
+    found[0].sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [1.0] * 6
+
+
+def test_forward_mode_is_refused(target: Target) -> None:
+    ema, params = torch.ones(6, device=target.device), torch.zeros(6, device=target.device)
+    plan = EmaPlan(ema, params, bias=params.clone())
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        scale = forward_ad.make_dual(torch.ones((), device=target.device), torch.ones((), device=target.device))
+        with pytest.raises(RuntimeError, match="forward mode"):
+            plan.update(0.5, scale)
+        with pytest.raises(RuntimeError, match="forward mode"):
+            ema_scale_update([ema], [params], 0.5, scale=scale, bias=[params.clone()])
+        assert plan.update(0.5, torch.ones((), device=target.device)) is not None  # nothing that has a tangent
     assert ema.tolist() == [0.5] * 6
 
 

@@ -143,7 +143,7 @@ def _extent(t: Tensor) -> int:
 
 def _bytes_of(t: Tensor, start: int, end: int) -> Tensor:
     """A mask over the bytes [start, end): those that belong to ``t``."""
-    mask = torch.zeros(end - start, dtype=torch.bool)
+    mask = torch.zeros(end - start, dtype=torch.bool, device="cpu")
     size = t.element_size()
     stride = [s * size for s in t.stride()] + [1]
     mask.as_strided([*t.shape, size], stride, t.data_ptr() - start).fill_(True)
@@ -184,7 +184,7 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
                     raise TypeError(f"{name} is a {type(t).__name__}, sharded over ranks; pass its to_local()")
                 if start == 0 and type(t) not in (Tensor, torch.nn.Parameter):
                     raise TypeError(f"{name} is a {type(t).__name__}, which has no memory; pass what it is made of")
-                if start == 0:
+                if start == 0 or freed(t):
                     raise ValueError(f"{name} has no memory: its storage was freed (by resize_(0), or by FSDP)")
                 spans.append((start, start + _extent(t), is_written, name, t))
     spans.sort(key=lambda span: span[0])
@@ -197,6 +197,11 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
                 first, second = (span, other) if span[2] else (other, span)
                 raise OverlapError(f"{first[3]} overlaps {second[3]} in memory")
         live.append(span)
+
+
+def freed(t: Tensor) -> bool:
+    """Whether the storage of a plain tensor was freed. The address of a view of it need not be 0 then."""
+    return t.numel() > 0 and type(t) in (Tensor, torch.nn.Parameter) and t.untyped_storage().nbytes() == 0
 
 
 def _has_memory(t: Tensor) -> bool:

@@ -195,6 +195,13 @@ def test_backward(dtypes: list[torch.dtype]) -> None:
             torch.testing.assert_close(outs[0][1], outs[1][1], rtol=rtol, atol=rtol * 100)
 
 
+def test_backward_without_elements() -> None:
+    empty, scale = torch.zeros(0, device=DEVICE), torch.ones((), device=DEVICE)
+    grad_scale = torch.full_like(scale, 9)
+    ema_scale_update_backward([empty], [empty], [empty], scale, [], 2.0, [empty.clone()], grad_scale)
+    assert grad_scale.item() == 0.0
+
+
 def test_backward_of_several_rounds_leaves_its_counters_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[ema_scale_update_backward.__module__]  # the function stands in the package under its name
     monkeypatch.setattr(module, "MOST_PARTIALS", 2)

@@ -163,7 +163,7 @@ def ema_scale_update_backward(
         Column(sorted_by_group(grad_bias), False, True),
     ]
     chunks = sum(-(-g.numel() // CHUNK) for g in grad)
-    span = CHUNK * -(-chunks // MOST_PARTIALS)
+    span = CHUNK * max(1, -(-chunks // MOST_PARTIALS))
     table = build(columns, [groups[i] for i in order] if groups else [], span, scale.numel() if sums else None)
     for to, source in table.before:
         to.copy_(source)
