@@ -130,7 +130,7 @@ class LocalTrainer(Resumable):
         self._by_block = by_block = [block.trainable() for block in self.network]
         groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
         self.optimizers = [make(group) for group in groups]
-        check_optimizers(self.optimizers)
+        check_optimizers(self.optimizers, groups)
         self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
         check_schedulers(self.schedulers, config.schedule)
         modules = [self.network, *([criterion] if isinstance(criterion, nn.Module) else [])]
@@ -146,7 +146,7 @@ class LocalTrainer(Resumable):
         self._totals = EpochTotals()
         self._epoch_start = self._loaded_rng = None
         self._generators = []
-        self._stepping, self._first_step = False, True
+        self._stepping, self._first_step, self._own_checkpoint = False, True, False
 
     # One step
 
@@ -296,11 +296,7 @@ class LocalTrainer(Resumable):
             ends it after the step at hand: the checkpoint is written, ``interrupted`` set, the history so far returned;
             a second Ctrl-C raises at once.
         """
-        path = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
-        if checkpoint_every is not None and path is None:
-            raise ValueError("checkpoint_every says how often checkpoint_dir is written to; give checkpoint_dir too")
-        if resume is True and path is None:
-            raise ValueError("resume=True continues from checkpoint_dir; give checkpoint_dir, or the path to resume")
+        path = self._checkpoint_file(checkpoint_dir, checkpoint_every, resume)
         if resume:
             self.load(path if resume is True and path is not None else str(resume))
         self._generators = checkpoint.loader_generators(loader)
@@ -377,7 +373,12 @@ class LocalTrainer(Resumable):
 
     def _finish_epoch(self, val_loader: Iterable[Batch] | None) -> None:
         if self._totals.images == 0:
-            raise ValueError("the loader gave no batch; has the data fewer images than a batch, with drop_last=True?")
+            raise ValueError(
+                "the loader gave no batch; has the data fewer images than a batch, with drop_last=True?"
+                if self.epoch == 0
+                else f"the loader gave no batch in epoch {self.epoch + 1}; an iterator is used up by then: give what "
+                "can be iterated anew, such as a DataLoader"
+            )
         self._ranks.broadcast(list(self.network.buffers()))
         validation = self._ranks.totals(self._evaluate(val_loader)) if val_loader is not None else None
         row = {

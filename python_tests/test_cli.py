@@ -388,3 +388,14 @@ class TestBench:
         monkeypatch.setattr("manpp_kernels.__file__", str(tmp_path / "a" / "b" / "__init__.py"))
         monkeypatch.chdir(tmp_path)
         assert "run this in a checkout" in refused(capsys, "bench")
+
+
+def test_a_configuration_and_a_recipe_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data: digits\n")
+    message = refused(capsys, "train", "--config", str(path), "--recipe", "e2e/cifar10/resnet32")
+    assert "--config and --recipe both say what to train" in message
+
+
+def test_seeds_that_are_too_large(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "seed has to be below 2^40" in refused(capsys, "train", "--data", "digits", "--seed", str(2**63 - 1))

@@ -25,6 +25,8 @@ from manpp_kernels.trainer import LocalTrainer, TrainerConfig
         ({"balance": "memory", "blocks": ["layer1.0"]}, "blocks gives the boundaries itself"),
         ({"accumulate": 0}, "accumulate has to be 1 or more"),
         ({"clip_norm": 0.0}, "clip_norm has to be positive"),
+        ({"label_smoothing": 2.0}, r"label_smoothing has to lie in \[0, 1\], and is 2\.0"),
+        ({"label_smoothing": -0.1}, "label_smoothing has to lie in"),
         ({"blocks": 9}, "blocks is 9, and CifarResNet can be divided into 1 to 4"),
         ({"rule": "e2e", "blocks": 2}, "end-to-end training has 1 block"),
         ({"recompute": True, "compile": "eager"}, "recomputed .* go with neither compile nor cuda_graphs"),
@@ -93,3 +95,74 @@ def test_features_that_no_head_fits() -> None:
     model = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1), nn.Flatten(), nn.Linear(16, 4))
     with pytest.raises(ValueError, match=r"the DGL head takes vectors .* features here are \(N, 2, 2, 2, 2\)"):
         LocalTrainer(model, TrainerConfig(rule="dgl"), example=torch.randn(2, 1, 2, 2, 2))
+
+
+def test_a_last_block_with_nothing_to_train() -> None:
+    model = small_model()
+    for p in [*model.layer3.parameters(), *model.fc.parameters()]:
+        p.requires_grad_(False)
+    for order in ("published", "unlocked"):
+        config = TrainerConfig(rule="dgl", blocks=4, order=order)
+        with pytest.raises(ValueError, match="nothing in the last block requires grad"):
+            LocalTrainer(model, config, example=(3, 8, 8))
+
+
+def test_one_dimensional_convolutions() -> None:
+    layers = [nn.Conv1d(3, 10, 3), nn.Conv1d(10, 10, 3), nn.Flatten(), nn.Linear(460, 4)]
+    with pytest.raises(ValueError, match=r"stem ends in features \(N, C, length\)"):
+        LocalTrainer(nn.Sequential(*layers), TrainerConfig(rule="dgl", blocks=2), example=torch.rand(2, 3, 50))
+
+
+def test_optimizers_of_other_parameters() -> None:
+    model = small_model()
+    for make, error, message in (
+        (
+            lambda _: torch.optim.SGD(model.parameters(), 0.1),
+            ValueError,
+            "SGD holds .* of the .* parameters it was given",
+        ),
+        (lambda p: torch.optim.SGD([*p, nn.Parameter(torch.ones(1))], 0.1), ValueError, "and 1 others"),
+        (lambda _: None, TypeError, "optimizer has to make a torch.optim.Optimizer, and made NoneType"),
+    ):
+        with pytest.raises(error, match=message):
+            LocalTrainer(model, TrainerConfig(rule="dgl"), example=(3, 8, 8), optimizer=make)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "error", "message"),
+    [
+        (nn.CrossEntropyLoss, TypeError, "criterion has to be a function or module .* and is CrossEntropyLoss"),
+        ("ce", TypeError, "criterion has to be a function or module .* and is 'ce'"),
+        (nn.CrossEntropyLoss(reduction="none"), ValueError, "reduction='none'.*reduction='mean'"),
+        (nn.CrossEntropyLoss(reduction="sum"), ValueError, "reduction='sum'.*reduction='mean'"),
+    ],
+    ids=["class", "text", "none", "sum"],
+)
+def test_criteria_that_are_none(criterion: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LocalTrainer(small_model(), TrainerConfig(rule="dgl"), example=(3, 8, 8), criterion=criterion)
+
+
+def test_a_number_of_blocks_that_is_no_integer() -> None:
+    with pytest.raises(TypeError, match=r"blocks has to be a number or a sequence of boundaries, and is 2\.0"):
+        small_trainer(blocks=2.0)
+
+
+def test_a_checkpoint_of_another_training_is_not_written_over(tmp_path) -> None:
+    first = small_trainer()
+    first.fit(loader(), 1, checkpoint_dir=tmp_path)
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(FileExistsError, match=r"checkpoint of another training: continue it with resume=True"):
+        small_trainer().fit(loader(), 1, checkpoint_dir=tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    first.fit(loader(), 2, checkpoint_dir=tmp_path)  # its own
+    loaded = small_trainer()
+    loaded.load(tmp_path)
+    assert len(loaded.fit(loader(), 3, checkpoint_dir=tmp_path)) == 3
+    with pytest.raises(ValueError, match="checkpoint_every has to be 1 step or more, and is 0"):
+        first.fit(loader(), 4, checkpoint_dir=tmp_path, checkpoint_every=0)
+
+
+def test_an_iterator_is_used_up_after_an_epoch() -> None:
+    with pytest.raises(ValueError, match="no batch in epoch 2; an iterator is used up"):
+        small_trainer().fit(iter([batch()]), 2)

@@ -48,5 +48,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         command.append(f"--benchmark-json={args.json.resolve()}")
-    environment = {**os.environ, "MANPP_BENCH_QUICK": "1"} if args.quick else None
-    return subprocess.call([*command, *map(str, chosen)], cwd=folder.parent, env=environment)
+    # From the folder itself, and with this package found first: in its root Python would import the checkout's, which
+    # has no compiled library where another is installed.
+    own = Path(manpp_kernels.__file__).resolve().parents[1]
+    paths = os.pathsep.join([str(own), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, **({"MANPP_BENCH_QUICK": "1"} if args.quick else {})}
+    return subprocess.call([*command, *map(str, chosen)], cwd=folder, env=environment)

@@ -141,6 +141,8 @@ class Settings:
         rule = {spec.name: given[spec.name] for spec in _rule_options() if spec.name in given}
         try:
             run = RunConfig(**fields(RunConfig))
+            if run.seed >= 2**40:
+                raise ValueError(f"seed has to be below 2^40, and is {run.seed}")
             if run.weight_decay is None:
                 run = dataclasses.replace(run, weight_decay=default_weight_decay(run.optimizer))
             settings = cls(

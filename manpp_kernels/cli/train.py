@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         settings = _resumed(given, place)
     else:
         checkpoint = None
+        if args.config is not None and args.recipe is not None:
+            raise UserError("--config and --recipe both say what to train, and would be mixed: use one of them")
         given = {**(from_file(args.config) if args.config is not None else {}), **given}
         settings = Settings.of(given if args.recipe is None else _by_recipe(args.recipe, given))
         place = new_folder(settings)

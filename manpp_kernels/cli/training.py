@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,8 @@ def _train(
 
         def on_epoch(trainer: LocalTrainer, row: dict[str, Any]) -> None:
             display.epoch(row, run.epochs)
+            if math.isnan(row["train_loss"]):
+                display.console.print("the loss is not a number: try a smaller --lr, or --clip-norm", style="yellow")
             if ranks.first:
                 write_csv(trainer.history, folder / "history.csv")
             if board is not None:

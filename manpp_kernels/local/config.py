@@ -94,6 +94,8 @@ class TrainerConfig:
                 raise TypeError(f"{name} has to be a number of {what}, and is {value!r}")
             if value < 1:
                 raise ValueError(f"{name} has to be 1 or more, and is {value}")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing has to lie in [0, 1], and is {self.label_smoothing}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm has to be positive or None, and is {self.clip_norm}")
         if self.streams > 1 and not self.cuda_graphs:
@@ -115,9 +117,20 @@ class TrainerConfig:
         )
 
 
-def check_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raise where the trainer does not know how to step an optimizer."""
-    for optimizer in optimizers:
+def check_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[list[torch.nn.Parameter]]
+) -> None:
+    """Raise where the trainer does not know how to step an optimizer, or it steps others than it was given."""
+    for optimizer, given in zip(optimizers, parameters, strict=True):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer has to make a torch.optim.Optimizer, and made {type(optimizer).__name__}")
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if held != set(given):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds {len(held & set(given))} of the {len(given)} parameters it was given"
+                f" and {len(held - set(given))} others: make it of the list that the factory is called with, which has "
+                "those of the auxiliary networks"
+            )
         needed = _needed(optimizer.step)
         if needed:
             raise TypeError(

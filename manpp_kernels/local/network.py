@@ -41,10 +41,21 @@ class LocalNetwork(nn.Module):
         for j in range(len(partition)):
             auxiliary = None
             if j < len(partition) - 1:
-                shape = partition.segments[partition.blocks[j][-1]].shape
+                last = partition.segments[partition.blocks[j][-1]]
+                shape = last.shape
+                if len(shape) == 3 and any(isinstance(m, nn.Conv1d) for m in last.module.modules()):
+                    raise ValueError(
+                        f"{last.name} ends in features (N, C, length) of a one-dimensional convolution, and local "
+                        "heads take maps (N, C, H, W), tokens (N, T, C) and vectors (N, C)"
+                    )
                 auxiliary = rule.auxiliary(Site(partition, j, shape, outputs, criterion))
                 auxiliary.to(device=like.device, dtype=like.dtype)
             blocks.append(rule.block(nn.Sequential(*modules_of(partition, j)), auxiliary, criterion, blocks))
+        if not blocks[-1].trainable():
+            raise ValueError(
+                "nothing in the last block requires grad, so that its loss has nothing to train; unfreeze a part of "
+                "it, or give it more units (blocks)"
+            )
         self.blocks = nn.ModuleList(blocks)
         self.num_classes = outputs
         self.rule = rule

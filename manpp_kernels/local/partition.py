@@ -104,6 +104,8 @@ def partition(
     if recompute:
         parts = dataclasses.replace(parts, recomputed=True)
     names = ["stem", *parts.units]
+    if not (blocks is None or isinstance(blocks, int | Sequence)):
+        raise TypeError(f"blocks has to be a number or a sequence of boundaries, and is {blocks!r}")
     ends = None if blocks is None or isinstance(blocks, int) else _ends(blocks, names)
     count = len(names) if blocks is None else len(ends) if ends is not None else blocks
     if isinstance(count, bool) or not isinstance(count, int):

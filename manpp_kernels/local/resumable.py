@@ -35,6 +35,7 @@ class Resumable:
     _epoch_start: dict[str, Any] | None  # the generators at the start of the current epoch
     _loaded_rng: dict[str, Any] | None  # from a checkpoint, until fit has the loader's generators
     _generators: list[torch.Generator]
+    _own_checkpoint: bool  # whether a checkpoint is this training's, and may be written over
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint atomically: all that the next step depends on, by rank 0 for all ranks."""
@@ -52,6 +53,7 @@ class Resumable:
             "rng": self._ranks.gather(self._rng_state()),
         }
         self._ranks.first(lambda: checkpoint.write(path, state))
+        self._own_checkpoint = True
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.
@@ -74,12 +76,29 @@ class Resumable:
             stepper.load_state_dict(loaded)
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
+        self._own_checkpoint = True
         self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]
         self._totals = EpochTotals(**totals)
         self.history = state["history"]
         self._epoch_start, self._loaded_rng = start, rng
         # The loader's own generators follow in fit, which has the loader.
         checkpoint.set_rng_state({**rng, "generators": []})
+
+    def _checkpoint_file(self, folder: str | Path | None, every: int | None, resume: bool | str | Path) -> Path | None:
+        """Where ``fit`` keeps its checkpoint, if anywhere; raises where one of another training would be lost."""
+        path = Path(folder) / CHECKPOINT_NAME if folder is not None else None
+        if every is not None and path is None:
+            raise ValueError("checkpoint_every says how often checkpoint_dir is written to; give checkpoint_dir too")
+        if every is not None and every < 1:
+            raise ValueError(f"checkpoint_every has to be 1 step or more, and is {every}")
+        if path is not None and path.exists() and not resume and not self._own_checkpoint:
+            raise FileExistsError(
+                f"{path} is the checkpoint of another training: continue it with resume=True, or choose another "
+                "checkpoint_dir"
+            )
+        if resume is True and path is None:
+            raise ValueError("resume=True continues from checkpoint_dir; give checkpoint_dir, or the path to resume")
+        return path
 
     def _rng_state(self) -> dict[str, Any]:
         if self._loaded_rng is None:

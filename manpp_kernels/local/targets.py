@@ -22,10 +22,19 @@ def make_criterion(criterion: Criterion | None, label_smoothing: float, device: 
     """The criterion as the blocks hold it; None is cross-entropy.
 
     Raises:
-        ValueError: it has parameters to train, which would be trained by every block on its own.
+        TypeError: it is no function.
+        ValueError: it is no mean, or has parameters to train, which would be trained by every block on its own.
     """
     if criterion is None:
         return functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
+    if isinstance(criterion, type) or not callable(criterion):
+        name = criterion.__name__ if isinstance(criterion, type) else repr(criterion)
+        raise TypeError(f"criterion has to be a function or module of logits and targets, and is {name}")
+    if getattr(criterion, "reduction", "mean") not in ("mean", "batchmean"):
+        raise ValueError(
+            f"the criterion has reduction={getattr(criterion, 'reduction', None)!r}, and a block is trained by the "
+            "mean over the batch; make it with reduction='mean'"
+        )
     if not isinstance(criterion, nn.Module):
         return criterion
     if any(p.requires_grad for p in criterion.parameters()):
