@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from PIL import Image
 
 from manpp_kernels.cli import bench, main
 from manpp_kernels.cli.parsing import Parser, UserError, add_option, option, options_of, parse_config, read_config
@@ -212,6 +213,7 @@ class TestErrors:
                 "vit_b_16 cannot be made for images of 40x40",
             ),
             ("train --limit 1", "1 training images in batches of 128"),
+            ("train --seed 9223372036854775807", "seed has to be below 2\\^40"),
             ("train --lr inf", "--lr: has to be a finite number, and is inf"),
             ("train --limit 64 --image-size 8 --crop 8", "crop is 8, and images of 8x8 can be shifted .* by 7 pixels"),
             ("train --limit 64 --compile inducter", r"no backend 'inducter' \(did you mean inductor"),
@@ -397,5 +399,10 @@ def test_a_configuration_and_a_recipe_are_not_mixed(tmp_path: Path, capsys: pyte
     assert "--config and --recipe both say what to train" in message
 
 
-def test_seeds_that_are_too_large(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "seed has to be below 2^40" in refused(capsys, "train", "--data", "digits", "--seed", str(2**63 - 1))
+def test_images_of_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part / "only").mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / part / "only" / f"{i}.png")
+    words = ["--data", f"folder:{tmp_path}", "--model", "resnet20", "--image-size", "8", "--batch-size", "2"]
+    assert "images of one class alone" in refused(capsys, "train", *words, "--out", str(tmp_path / "run"))

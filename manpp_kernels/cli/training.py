@@ -225,6 +225,8 @@ def _data(settings: Settings, ranks: Ranks) -> ImageData:
         test_limit=config.test_limit,
         download=config.download,
     )
+    if data.num_classes < 2:
+        raise UserError(f"{config.data} has images of one class alone, and there is nothing to tell apart")
     if run.batch_size % ranks.count:
         raise UserError(
             f"a batch of {run.batch_size} images does not come out even over {ranks.count} processes: choose a "
