@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from manpp_kernels._library import PLAIN
+
 ROUNDINGS = ("nearest", "stochastic")
 EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # By which the compiled library knows them (DType in csrc/multi_tensor.h).
@@ -182,7 +184,7 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
                 start = t.data_ptr()
                 if start == 0 and hasattr(t, "to_local"):
                     raise TypeError(f"{name} is a {type(t).__name__}, sharded over ranks; pass its to_local()")
-                if start == 0 and type(t) not in (Tensor, torch.nn.Parameter):
+                if start == 0 and type(t) not in PLAIN:
                     raise TypeError(f"{name} is a {type(t).__name__}, which has no memory; pass what it is made of")
                 if start == 0 or freed(t):
                     raise ValueError(f"{name} has no memory: its storage was freed (by resize_(0), or by FSDP)")
@@ -201,7 +203,7 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
 
 def freed(t: Tensor) -> bool:
     """Whether the storage of a plain tensor was freed. The address of a view of it need not be 0 then."""
-    return t.numel() > 0 and type(t) in (Tensor, torch.nn.Parameter) and t.untyped_storage().nbytes() == 0
+    return t.numel() > 0 and type(t) in PLAIN and t.untyped_storage().nbytes() == 0
 
 
 def _has_memory(t: Tensor) -> bool:

@@ -60,7 +60,8 @@ def detach_copy(
         if by_pytorch:
             return x.to(dtype=dtype or x.dtype, memory_format=layout, copy=True)
         new = torch.empty_like(x, dtype=dtype, memory_format=layout)
-        _copy(x.device, x, new)
+        if compiling or not _common_case(x, new):
+            _copy(x.device, x, new)
         return new
     _check_out(x, out, dtype, memory_format)
     if by_pytorch:
