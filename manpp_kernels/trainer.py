@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from manpp_kernels import checkpoint
+from manpp_kernels.local.compiled import compile_blocks
 from manpp_kernels.local.config import (
     AMP_DTYPES,
     OptimizerFactory,
@@ -119,10 +120,9 @@ class LocalTrainer(Resumable):
         self._amp_dtype = AMP_DTYPES[config.amp]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         if config.compile is not None:
-            for block in self.network:
-                # A capture launches what the steps before it did; code for any size, made for a smaller last batch,
-                # would come in between, and has not run by then.
-                block.body.compile(backend=config.compile, dynamic=False if config.cuda_graphs else None)
+            # A capture launches what the steps before it did; code for any size, made for a smaller last batch, would
+            # come in between, and has not run by then.
+            compile_blocks(self.network, config.compile, dynamic=False if config.cuda_graphs else None)
 
         self._unlocked = config.order == "unlocked"
         self._ema = [self.network.ema_updates()] if self._unlocked else self.network.ema_updates_by_block()

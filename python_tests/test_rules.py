@@ -179,7 +179,7 @@ def test_effective_weights_are_dropped_after_each_block_in_the_unlocked_order() 
     trainer.step(batch())
     transforms = [m for m in trainer.network.modules() if isinstance(m, ParameterTransform)]
     assert len(transforms) == 4
-    assert all(t.prepared is None for t in transforms)
+    assert all(t.values is None for t in transforms)
 
 
 @pytest.mark.parametrize("init", ["copy", "fresh"])

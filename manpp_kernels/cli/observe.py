@@ -96,7 +96,7 @@ class BlockObserver:
                 "units": " ".join(names),
                 "loss": losses[index],
                 "accuracy": self._accuracy(index),
-                **ema_measures(block.transforms()),
+                **ema_measures(block.transforms),
                 "memory_bytes": self._memory.get(index),
             }
             for index, (block, names) in enumerate(zip(trainer.network, trainer.network.partition.names(), strict=True))

@@ -112,6 +112,17 @@ class Auxiliary(nn.Module):
         raise NotImplementedError
 
 
+class Prepared:
+    """A module of an auxiliary network that has work to do before it runs, in plain Python.
+
+    ``torch.compile`` would take it in, or run what surrounds it uncompiled where it cannot.
+    """
+
+    def before_forward(self, images: Tensor) -> None:
+        """Called before each forward pass of the auxiliary network with the network's input images."""
+        raise NotImplementedError
+
+
 class Classifier(Auxiliary):
     """A local head and the network's own criterion: the loss of DGL."""
 
@@ -259,19 +270,20 @@ class ActivationTransform(EmaTransform):
         return scale_bias_mix(self.lb(x), self.ema(x), self.scale, total=self.total)
 
 
-class ParameterTransform(EmaTransform):
+class ParameterTransform(EmaTransform, Prepared):
     """MAN++ in the parameter form: one unit, run with the effective weights ``w = s beta + (T - s) phi``.
 
-    ``prepared`` holds the values of w where an :class:`EmaUpdates` computed those of all blocks in one launch; where
-    it is None, ``forward`` computes them. Either way they join the graph here, so that each block has a graph of its
-    own, freed by its own backward pass.
+    ``values`` are those of w where an :class:`EmaUpdates` computed those of all blocks in one launch; where they are
+    None, :meth:`before_forward` computes them. Either way they join the graph there, so that each block has a graph of
+    its own, freed by its own backward pass.
     """
 
     def __init__(self, unit: nn.Module, lb: nn.Module, ema: nn.Module, total: float) -> None:
         super().__init__(unit, lb, ema)
         self.total = total
         self.scale = _initial_scale(unit, total)
-        self.prepared: list[Tensor] | None = None
+        self.values: list[Tensor] | None = None
+        self._weights: list[Tensor] | None = None
         self._names = [name for name, _ in self.lb.named_parameters()]
         self._plan: EmaPlan | None = None
 
@@ -280,7 +292,7 @@ class ParameterTransform(EmaTransform):
 
     def effective_weights(self) -> list[Tensor]:
         """w for every parameter of the unit, differentiable in s and beta."""
-        values = self.prepared
+        values = self.values
         if values is None:
             if self._plan is None:
                 ema, params = zip(*self.pairs(), strict=True)
@@ -292,9 +304,14 @@ class ParameterTransform(EmaTransform):
         phi = [p.detach() for p in self.ema.parameters()]
         return attach_effective_weights(values, self.scale, self.beta(), phi, [], self.total)
 
+    def before_forward(self, images: Tensor) -> None:
+        self._weights = self.effective_weights()
+
     def forward(self, x: Tensor) -> Tensor:
-        weights = dict(zip(self._names, self.effective_weights(), strict=True))
-        return torch.func.functional_call(self.lb, weights, (x,))
+        weights, self._weights = self._weights, None
+        if weights is None:
+            weights = self.effective_weights()
+        return torch.func.functional_call(self.lb, dict(zip(self._names, weights, strict=True)), (x,))
 
 
 class EmaUpdates:
@@ -331,7 +348,7 @@ class EmaUpdates:
             assert weights is not None
             values = iter(weights)
             for t in self._mixed:
-                t.prepared = [next(values) for _ in t.beta()]
+                t.values = [next(values) for _ in t.beta()]
 
 
 def _columns(transforms: list[EmaTransform] | list[ParameterTransform]) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from manpp_kernels.local.auxiliary import Auxiliary, EmaTransform, ParameterTransform
+from manpp_kernels.local.auxiliary import Auxiliary, EmaTransform, ParameterTransform, Prepared
 from manpp_kernels.local.targets import Criterion
 
 
@@ -29,6 +29,9 @@ class LocalBlock(nn.Module):
         body: references to the user's modules.
         auxiliary: from the body's output to the local loss; None for the last block, whose body ends in the logits.
         criterion: the loss of the last block.
+
+    Attributes:
+        transforms: the EMA units of the auxiliary network.
     """
 
     def __init__(self, body: nn.Sequential, auxiliary: Auxiliary | None, criterion: Criterion) -> None:
@@ -36,24 +39,26 @@ class LocalBlock(nn.Module):
         self.body = body
         self.auxiliary = auxiliary
         self.criterion = criterion
+        # In lists, so that they are not registered a second time.
+        parts = [] if auxiliary is None else list(auxiliary.modules())
+        self.transforms = [m for m in parts if isinstance(m, EmaTransform)]
+        self._prepared = [m for m in parts if isinstance(m, Prepared)]
 
     def forward(self, x: Any, images: Tensor, targets: Tensor) -> BlockOutput:
         """``x`` is what the previous block handed on; for the first block the images."""
         features = self.body(x)
         if self.auxiliary is None:
             return BlockOutput(features.detach(), self.criterion(features, targets), features.detach())
+        for part in self._prepared:
+            part.before_forward(images)
         return BlockOutput(features.detach(), self.auxiliary(features, images, targets), None)
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that this block's loss trains."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def transforms(self) -> list[EmaTransform]:
-        """The EMA units of its auxiliary network."""
-        return [m for m in self.modules() if isinstance(m, EmaTransform)]
-
     def release(self) -> None:
         """Drop the effective weights that were prepared for this step."""
-        for t in self.transforms():
+        for t in self.transforms:
             if isinstance(t, ParameterTransform):
-                t.prepared = None
+                t.values = None

@@ -41,7 +41,8 @@ class TrainerConfig:
         recompute: run the units of a block once more in its backward pass, in place of keeping their activations until
             then: less memory, most so where a block has many units, and more time (activation checkpointing). Not with
             ``compile`` or ``cuda_graphs``.
-        compile: the ``torch.compile`` backend for the bodies of the blocks, such as ``"inductor"``; None for none.
+        compile: the ``torch.compile`` backend for the blocks, such as ``"inductor"``; None for none. The body and the
+            auxiliary network of each are compiled on their own, in the first step.
         cuda_graphs: capture a step in a CUDA graph after the first few, and replay it: on a GPU small blocks otherwise
             wait for the host to launch them. Captured anew where the learning rate has changed, so not for a schedule
             that steps every step. For optimizers that can be captured (SGD; Adam and its like with

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from manpp_kernels.local.auxiliary import Prepared
 from manpp_kernels.local.features import describe, to_map
 from manpp_kernels.local.targets import BatchError
 from manpp_kernels.models.cifar_resnet import init_weights
@@ -16,7 +17,7 @@ from manpp_kernels.models.cifar_resnet import init_weights
 _SLACK = 0.02
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, Prepared):
     """Features to images, compared with the images the network was given.
 
     Bilinear resize to the image's size (corners aligned), 3x3 convolution to 12, batch normalisation, ReLU, 3x3
@@ -65,29 +66,28 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor, images: Tensor) -> Tensor:
         """The reconstruction loss, a scalar."""
-        wanted = self.target(images)
+        wanted = (images * self.std + self.mean).clamp(0, 1)
         x = F.interpolate(self.to_map(features), images.shape[2:], mode="bilinear", align_corners=True)
         logits = self.layers(x)
         # With the sigmoid inside the loss, which neither overflows nor loses the small gradients of certain pixels.
         return F.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype))
 
-    def target(self, images: Tensor) -> Tensor:
-        """The images with values in [0, 1].
+    def before_forward(self, images: Tensor) -> None:
+        """Check the images, in the first step only, as looking at them waits for the device.
 
         Raises:
-            BatchError: they lie elsewhere. Looked at in the first step only, as looking waits for the device.
+            BatchError: their values do not lie in [0, 1].
         """
+        if self._checked:
+            return
         wanted = images * self.std + self.mean
-        if not self._checked:
-            low, high = wanted.min().item(), wanted.max().item()
-            if low < -_SLACK or high > 1 + _SLACK:
-                raise BatchError(
-                    f"the decoder needs images with values between 0 and 1, and these lie between {low:.3g} and "
-                    f"{high:.3g}; set the options mean and std of the rule infopro to what the images were normalised "
-                    "with"
-                )
-            self._checked = True
-        return wanted.clamp(0, 1)
+        low, high = wanted.min().item(), wanted.max().item()
+        if low < -_SLACK or high > 1 + _SLACK:
+            raise BatchError(
+                f"the decoder needs images with values between 0 and 1, and these lie between {low:.3g} and "
+                f"{high:.3g}; set the options mean and std of the rule infopro to what the images were normalised with"
+            )
+        self._checked = True
 
 
 def _per_channel(name: str, values: Sequence[float] | None, channels: int, default: float) -> Tensor:

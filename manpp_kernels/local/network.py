@@ -69,11 +69,11 @@ class LocalNetwork(nn.Module):
 
     def ema_updates(self) -> EmaUpdates:
         """The updates of all blocks in one launch, which also prepares the effective weights of the parameter form."""
-        return EmaUpdates([t for block in self for t in block.transforms()], self.rule.momentum, prepare=True)
+        return EmaUpdates([t for block in self for t in block.transforms], self.rule.momentum, prepare=True)
 
     def ema_updates_by_block(self) -> list[EmaUpdates]:
         """The updates of each block on their own."""
-        return [EmaUpdates(block.transforms(), self.rule.momentum, prepare=False) for block in self]
+        return [EmaUpdates(block.transforms, self.rule.momentum, prepare=False) for block in self]
 
     def auxiliary_state_dict(self) -> dict[str, Tensor]:
         """Everything that is trained beside the user's model, by block."""

@@ -61,8 +61,7 @@ class Streams(OneLane):
         self._handed_on: dict[int, torch.cuda.Event] = {}
         for index, block in enumerate(network):
             if block.auxiliary is not None:
-                # When it begins, the features are there. Not a hook behind the body, which torch.compile would take in.
-                block.auxiliary.register_forward_pre_hook(lambda *_, index=index: self._hand_on(index))
+                block.body.register_forward_hook(lambda *_, index=index: self._hand_on(index))
 
     def _hand_on(self, index: int) -> None:
         self._handed_on[index] = torch.cuda.current_stream(self._device).record_event()

@@ -1,0 +1,47 @@
+"""``torch.compile`` for local blocks: what each runs has code of its own."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from manpp_kernels.local.network import LocalNetwork
+
+
+def compile_blocks(network: LocalNetwork, backend: str, *, dynamic: bool | None) -> None:
+    """Have the body and the auxiliary network of every block compiled when they first run.
+
+    They are two functions, not one: what comes in between (a block hands on its features, and is given its effective
+    weights) stays as it is, and so do their hooks.
+
+    Args:
+        network: whose blocks keep their modules, names and state.
+        backend: of ``torch.compile``.
+        dynamic: False compiles for every size anew, None for any size once a second one has come.
+    """
+    for index, block in enumerate(network):
+        _compile_forward(block.body, f"body_{index}", backend, dynamic)
+        if block.auxiliary is not None:
+            _compile_forward(block.auxiliary, f"auxiliary_{index}", backend, dynamic)
+
+
+def _compile_forward(module: nn.Module, name: str, backend: str, dynamic: bool | None) -> None:
+    """Put compiled code in the place of ``module.forward``, in this instance alone.
+
+    PyTorch keeps what it has compiled with the code object it came from: eight versions of it (``recompile_limit``),
+    after which it compiles no more, and the sizes that it has met there, of which it takes those that differ to differ
+    from call to call. ``Module.compile`` would make all blocks one function: the ninth would run uncompiled, and the
+    second be compiled for any size. So each gets a code object, and a name, of its own.
+    """
+    forward = module.forward
+
+    def call(*args: Any) -> Any:
+        return forward(*args)
+
+    own = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
+    # Not by assignment, which type checkers refuse for a method. A module's attribute of this kind is no part of its
+    # state, and is what it calls.
+    setattr(module, "forward", torch.compile(own, backend=backend, dynamic=dynamic))  # noqa: B010

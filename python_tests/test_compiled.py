@@ -1,0 +1,102 @@
+"""``TrainerConfig.compile``: the blocks' bodies and auxiliary networks, compiled each on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from manpp_kernels.local import rule_names
+from manpp_kernels.models import CifarResNet
+from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+
+PARAMETER: dict[str, Any] = {"rule_options": {"form": "parameter"}}
+UNLOCKED: dict[str, Any] = {"order": "unlocked", **PARAMETER}
+RULES: list[tuple[str, dict[str, Any]]] = [*((rule, {}) for rule in rule_names()), ("man++", PARAMETER)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def images(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(n, 3, 8, 8), torch.arange(n) % 4
+
+
+def small_trainer(**settings: Any) -> LocalTrainer:
+    torch.manual_seed(0)
+    model = CifarResNet((1, 2, 1), num_classes=4, widths=(4, 6, 8))
+    return LocalTrainer(model, TrainerConfig(**settings), example=(3, 8, 8))
+
+
+class Sized(nn.Sequential):
+    """Layers whose number of features tells them apart."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(nn.Linear(features, features + 1), nn.BatchNorm1d(features + 1), nn.ReLU())
+
+
+class Recorder:
+    """A backend of torch.compile that notes the sizes that each graph was made for, and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.sizes: list[list[torch.Size]] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.sizes.append([t.shape for t in inputs if isinstance(t, torch.Tensor)])
+        return graph.forward
+
+
+@pytest.mark.parametrize(("rule", "settings"), [*RULES, ("man++", UNLOCKED)], ids=str)
+def test_the_same_values_in_whole_graphs(rule: str, settings: dict[str, Any]) -> None:
+    settings = {"rule": rule, "blocks": 1 if rule == "e2e" else 3, **settings}
+    plain, compiled = small_trainer(**settings), small_trainer(compile="aot_eager", **settings)
+    for n in (8, 8):
+        data = images(n)
+        results = []
+        for trainer in (plain, compiled):
+            torch.manual_seed(n)
+            results.append(trainer.step(data).losses)
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert list(compiled.export_state_dict()) == list(plain.export_state_dict())
+    for key, value in compiled.network.state_dict().items():
+        torch.testing.assert_close(value, plain.network.state_dict()[key], rtol=1e-3, atol=1e-4, msg=key)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"], counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] >= 2 * len(compiled.network) - 1
+
+
+def test_every_block_is_compiled_and_for_its_own_sizes() -> None:
+    """More blocks than PyTorch compiles versions of one function, which is 8; and none for the sizes of another."""
+    recorder = Recorder()
+    torch._dynamo.register_backend(recorder, name="manpp_recorder")
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Sized(8 + i) for i in range(12)), nn.Linear(20, 4))
+    trainer = LocalTrainer(model, TrainerConfig(rule="dgl", compile="manpp_recorder"), example=(8,))
+    blocks = len(trainer.network)
+    trainer.step((torch.rand(8, 8), torch.arange(8) % 4))
+    assert len(recorder.sizes) == 2 * blocks - 1
+    assert all(isinstance(n, int) for sizes in recorder.sizes for size in sizes for n in size)
+    trainer.step((torch.rand(8, 8), torch.arange(8) % 4))
+    assert len(recorder.sizes) == 2 * blocks - 1
+    for n in (6, 4):  # a second size is compiled for any, and a third finds that
+        trainer.step((torch.rand(n, 8), torch.arange(n) % 4))
+        assert len(recorder.sizes) == 2 * (2 * blocks - 1)
+
+
+def test_hooks_of_the_users_stay() -> None:
+    seen = []
+    trainer = small_trainer(rule="dgl", compile="aot_eager")
+    for block in trainer.network:
+        block.body.register_forward_hook(lambda *_: seen.append(1))
+    trainer.step(images(8))
+    trainer.step(images(8))
+    assert len(seen) == 2 * len(trainer.network)
+    assert not torch._dynamo.utils.counters["graph_break"]
