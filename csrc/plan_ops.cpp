@@ -60,8 +60,8 @@ struct Watched {
 };
 
 struct Plan {
-  std::vector<Watched> watched; // the EMAs first
-  size_t averaged = 0; // how many those are
+  std::vector<Watched> watched; // what an update writes first
+  size_t written = 0; // how many those are
   int64_t groups = 1;
   double total;
   std::unique_ptr<cpu::EmaLaunch> on_cpu;
@@ -78,13 +78,13 @@ struct Plan {
     return false;
   }
 
-  // Whether some of `count` numbers in device memory are in an EMA, which would change under them.
+  // Whether some of `count` numbers in device memory are in what an update writes, and would change under it.
   bool holds(const void* numbers, DType type, int64_t count) const {
     if (numbers == nullptr) {
       return false;
     }
     Span read = span_of(numbers, type, count);
-    for (size_t i = 0; i < averaged; ++i) {
+    for (size_t i = 0; i < written; ++i) {
       const Watched& w = watched[i];
       uintptr_t begin = reinterpret_cast<uintptr_t>(w.address);
       if (w.numel > 0 && read.begin < begin + static_cast<uintptr_t>(w.numel * w.size) && begin < read.end) {
@@ -119,13 +119,13 @@ int64_t plan_create(
     std::vector<Tensor> out) {
   auto plan = std::make_unique<Plan>();
   plan->total = total;
-  plan->averaged = ema.size();
+  plan->written = ema.size() + out.size();
   plan->groups = groups.empty() ? 1 : *std::max_element(groups.begin(), groups.end()) + 1;
   Table table = build_table(ema, params, bias, groups, out);
   if (!table.in_place()) {
     return 0;
   }
-  for (const auto* list : {&ema, &params, &bias, &out}) {
+  for (const auto* list : {&ema, &out, &params, &bias}) {
     for (const Tensor& t : *list) {
       plan->watched.emplace_back(t);
     }

@@ -83,8 +83,9 @@ class _TritonLaunch:
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]
 
     def _holds(self, t: float | Tensor | None) -> bool:
-        """Whether an EMA holds ``t`` in its memory, and would change it."""
-        return isinstance(t, Tensor) and any(_checks.share_memory(e, t) for e in self._lists.ema)
+        """Whether what an update writes holds ``t`` in its memory, and would change it."""
+        written = (*self._lists.ema, *self._lists.weights)
+        return isinstance(t, Tensor) and any(_checks.share_memory(w, t) for w in written)
 
     def run(self, momentum: float | Tensor, scale: Tensor | None, seed: Tensor | None) -> bool:
         if self._look() != self._seen or self._holds(momentum) or self._holds(scale):
@@ -154,6 +155,7 @@ class EmaPlan:
     Attributes:
         weights: the effective weights, None without ``bias``. They stand at fixed addresses: every update overwrites
             them, so a graph that uses them has to have run its backward pass by then (autograd checks that it has).
+            (Where an input has come to share their memory, as by ``bias.data = weight``, new ones take their place.)
             A CUDA graph writes them at every replay: keep them, or the plan, for as long as it is replayed.
 
     Raises:
@@ -203,7 +205,7 @@ class EmaPlan:
         if len(devices) > 1:
             raise ValueError(f"a plan works on one device, and there are ema tensors on {sorted(map(str, devices))}")
         self.device = next(iter(devices), torch.device("cpu"))
-        if self.bias is not None and not self._weights_fit(self.bias):
+        if self.bias is not None and not self._weights_fit(self.bias, momentum, scale):
             with torch.inference_mode(False):  # what is made there stays of no use elsewhere
                 self.weights = [torch.empty_like(b, requires_grad=False) for b in self.bias]
         self._seed: Tensor | None = None
@@ -215,12 +217,20 @@ class EmaPlan:
         self._launch: _Launch | None = None  # built at the first update, for the backend in force by then
         self._update_alone: Any = None  # the launch's short way, where an update is a momentum and nothing else
 
-    def _weights_fit(self, bias: list[Tensor]) -> bool:
-        """Whether the weights can stay at their addresses although something moved."""
-        return self.weights is not None and all(
+    def _weights_fit(self, bias: list[Tensor], momentum: float | Tensor, scale: Tensor | None) -> bool:
+        """Whether the weights can stay at their addresses although something moved, perhaps into them."""
+        if self.weights is None or not all(
             w.shape == b.shape and w.dtype == b.dtype and w.device == b.device and not _checks.freed(w)
             for w, b in zip(self.weights, bias, strict=True)
-        )
+        ):
+            return False
+        written: list[_checks.Named] = [("weights", i, w) for i, w in enumerate(self.weights)]
+        others = (*self.ema, *self.params, *bias, *(t for t in (momentum, scale) if isinstance(t, Tensor)))
+        try:
+            _checks.check_no_overlap(written, [("another", i, t) for i, t in enumerate(others)])
+        except _checks.OverlapError:
+            return False
+        return True
 
     def _prepare(self) -> _Launch:
         """Builds the launch for the backend in force."""

@@ -192,3 +192,27 @@ def test_params_that_are_lazily_negated(target: Target) -> None:
         assert torch.equal(ema, params)
         assert found is not None
         assert torch.equal(found[0], 2 * params)
+
+
+@pytest.mark.parametrize("which", ["ema", "params", "bias", "scale", "momentum"])
+def test_an_input_that_comes_to_lie_in_the_weights(target: Target, which: str) -> None:
+    """As where trained weights are baked into a parameter: an update would write what it reads."""
+    device = target.device
+    ema, params, bias = ([torch.rand(8, device=device) for _ in range(2)] for _ in range(3))
+    scale, momentum = torch.tensor(0.5, device=device), torch.tensor(0.75, device=device)
+    plan = EmaPlan(ema, params, bias=bias)
+    weights = plan.update(momentum, scale)
+    assert weights is not None
+    if which == "scale":
+        scale = weights[0][0]
+    elif which == "momentum":
+        momentum = weights[0][0]
+    else:
+        {"ema": ema, "params": params, "bias": bias}[which][0].data = weights[0]
+    before = clones(ema)
+    read = clones([*params, *bias, scale, momentum])
+    after = plan.update(momentum, scale)
+    assert_ema_step(ema, before, params, float(read[-1]))
+    assert_effective_weights(after, ema, bias, [float(read[-2])] * 2, 2.0)
+    for t, value in zip((*params, *bias, scale, momentum), read, strict=True):
+        assert torch.equal(t, value)
