@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,8 @@ class _CompiledLaunch:
 
     @staticmethod
     def build(lists: _Lists) -> _CompiledLaunch | None:
+        if importlib.util.find_spec("manpp_kernels._plan") is None:
+            return None  # compiled for another version of Python, as the operators' library is not
         address = torch.ops.manpp_kernels._plan_create(
             lists.ema, lists.params, lists.bias, lists.groups, lists.total, lists.weights
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import manpp_kernels
 from manpp_kernels import EmaPlan, ema_scale_update
+from manpp_kernels.cli import doctor
 
 SHAPES = [(3,), (2, 5), (2, 3, 4, 5), (0, 2), ()]
 
@@ -252,6 +253,17 @@ def test_the_backend_may_change_between_updates(target: Target) -> None:
         plan.update(0.5)
     plan.update(0.5)
     assert ema.tolist() == [0.125] * 50
+
+
+def test_compiled_for_another_python(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators' library serves every Python, that of the plans one version: plans then run the operators."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "manpp_kernels._plan" else name)
+    ema, params = torch.randn(2, 8, device=target.device).unbind()
+    before = clones([ema])
+    plan = EmaPlan(ema, params)
+    plan.update(0.75)
+    assert_ema_step([ema], before, [params], 0.75)
+    assert "not for Python" in doctor._compiled()
 
 
 def test_copies_and_pickles_are_refused(target: Target) -> None:

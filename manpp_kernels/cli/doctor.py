@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -80,7 +81,12 @@ def _compiled() -> str:
     from manpp_kernels import _C
 
     architectures = _C.cuda_architectures()
-    return f"cpu, cuda ({architectures})" if architectures else "cpu"
+    found = f"cpu, cuda ({architectures})" if architectures else "cpu"
+    if importlib.util.find_spec("manpp_kernels._plan") is None:  # unlike the operators, for one version of Python alone
+        found += (
+            f"; plans (EmaPlan) not for Python {platform.python_version()}, where they use the operators: reinstall"
+        )
+    return found
 
 
 def check(backend: str) -> list[str]:
