@@ -23,8 +23,8 @@ def no_compiler() -> str:
     """Why nothing can be compiled here; empty where it can."""
     if os.environ.get("MANPP_NATIVE", "").lower() == "off":
         return "MANPP_NATIVE=off"
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
+    compiler = (os.environ.get("CXX") or "c++").split()[:1]
+    if not any(shutil.which(name) for name in (*compiler, "g++", "clang++")):
         return "no C++ compiler was found (install g++ or clang++, or set CXX)"
     return ""
 
@@ -45,6 +45,8 @@ class CMakeBuild(build_ext):
                 sys.exit(f"error: MANPP_CUDA=on, and the CUDA kernels cannot be built: {reason}")
             self.warn(f"building without compiled kernels: {reason}; Triton and plain PyTorch remain")
             self.extensions = []
+            for path in map(Path, self.get_outputs()):  # of a build before, whose operators may be others by now
+                path.unlink()
             return
         ninja = next(filter(None, map(shutil.which, ("ninja", "ninja-build", "samu"))), None)
         if not ninja or not shutil.which("cmake"):
