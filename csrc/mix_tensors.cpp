@@ -1,11 +1,16 @@
 #include "mix_tensors.h"
 
+#include <algorithm>
+
 namespace manpp {
 
 namespace {
 
 // x in a layout the kernels know, which is its own where possible.
 std::pair<Tensor, ChannelLayout> with_channel_layout(const Tensor& x, const Tensor& scale) {
+  STD_TORCH_CHECK(
+      scale.numel() == 1 || (scale.dim() == 1 && x.dim() > 1 && scale.numel() == x.size(1)),
+      "manpp_kernels: scale has to have one entry, or one for each channel");
   Tensor y = is_dense(x) ? x : torch::stable::contiguous(x);
   std::optional<ChannelLayout> layout = channel_layout(y, scale);
   if (!layout) {
@@ -15,11 +20,16 @@ std::pair<Tensor, ChannelLayout> with_channel_layout(const Tensor& x, const Tens
   return {y, *layout};
 }
 
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  auto left = a.sizes(), right = b.sizes();
+  return std::equal(left.begin(), left.end(), right.begin(), right.end());
+}
+
 } // namespace
 
 MixInputs mix_inputs(const Tensor& lb_out, const Tensor& ema_out, const Tensor& scale) {
   STD_TORCH_CHECK(
-      lb_out.numel() == ema_out.numel() && dtype_of(lb_out) == dtype_of(ema_out),
+      same_sizes(lb_out, ema_out) && dtype_of(lb_out) == dtype_of(ema_out),
       "manpp_kernels: lb_out and ema_out have to be of one shape and dtype");
   auto [a, layout] = with_channel_layout(lb_out, scale);
   return {a, matching(ema_out, a), layout};

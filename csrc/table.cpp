@@ -248,6 +248,14 @@ Table build_backward_table(
   return table;
 }
 
+void check_groups(const std::vector<int64_t>& groups, const Tensor& scale) {
+  int64_t entries = scale.numel();
+  STD_TORCH_CHECK(entries > 0, "manpp_kernels: scale has no entries");
+  for (int64_t g : groups) {
+    STD_TORCH_CHECK(g >= 0 && g < entries, "manpp_kernels: group ", g, " of a scale with ", entries, " entries");
+  }
+}
+
 const void* scale_entries(const Tensor& scale) {
   STD_TORCH_CHECK(scale.dim() <= 1, "manpp_kernels: scale has to be 0-dim or of one dimension");
   STD_TORCH_CHECK(scale.is_contiguous(), "manpp_kernels: scale has to be contiguous");

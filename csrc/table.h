@@ -68,6 +68,9 @@ Table build_backward_table(
     const std::vector<int64_t>& groups,
     const std::vector<Tensor>& grad_bias);
 
+// Every group has an entry of scale.
+void check_groups(const std::vector<int64_t>& groups, const Tensor& scale);
+
 // The entries of scale, which kernels read as they lie: its memory has to be contiguous.
 const void* scale_entries(const Tensor& scale);
 

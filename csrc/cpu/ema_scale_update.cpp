@@ -285,6 +285,9 @@ void ema_scale_update(
     double total,
     std::optional<Tensor> seed,
     std::vector<Tensor> out) {
+  if (scale) {
+    check_groups(groups, *scale);
+  }
   Table table = build_table(ema, params, bias, groups, out);
   EmaLaunch launch(std::move(table.entries));
   launch.run(make_scalars(momentum, momentum_tensor, scale, total, seed));
@@ -300,6 +303,7 @@ void ema_scale_update_backward(
     double total,
     std::vector<Tensor> grad_bias,
     std::optional<Tensor> grad_scale) {
+  check_groups(groups, scale);
   Table table = build_backward_table(grad, bias, ema, groups, grad_bias);
   expect_results(table.entries);
   std::vector<int64_t> ends = chunk_ends(table.entries, kChunk);
@@ -321,6 +325,8 @@ void ema_scale_update_backward(
   if (!grad_scale) {
     return;
   }
+  STD_TORCH_CHECK(
+      grad_scale->numel() == scale.numel(), "manpp_kernels: grad_scale has to have as many entries as scale");
   std::vector<double> sums(static_cast<size_t>(scale.numel()));
   for (size_t i = 0; i < ends.size(); ++i) {
     for (int64_t chunk = i == 0 ? 0 : ends[i - 1]; chunk < ends[i]; ++chunk) {

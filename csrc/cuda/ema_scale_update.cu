@@ -336,6 +336,9 @@ void ema_scale_update(
   if (ema.empty()) {
     return;
   }
+  if (scale) {
+    check_groups(groups, *scale);
+  }
   DeviceGuard guard(ema[0].get_device_index());
   Table table = build_table(ema, params, bias, groups, out);
   update_entries(table.entries, !bias.empty(), ema[0], make_scalars(momentum, momentum_tensor, scale, total, seed));

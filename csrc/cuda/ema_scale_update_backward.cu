@@ -241,10 +241,7 @@ void run_once(const std::vector<Entry>& entries, const Tensor& scale, Sums& sums
 // With the gradient of scale: one launch, unless there are more groups than it takes.
 void run_with_sums(std::vector<Entry>& entries, const Tensor& scale, Tensor& grad_scale, cudaStream_t stream) {
   int64_t groups = grad_scale.numel();
-  for (const Entry& e : entries) {
-    STD_TORCH_CHECK(
-        e.group >= 0 && e.group < groups, "manpp_kernels: group ", e.group, " of a scale with ", groups, " entries");
-  }
+  STD_TORCH_CHECK(groups == scale.numel(), "manpp_kernels: grad_scale has to have as many entries as scale");
   auto earlier = [](const Entry& a, const Entry& b) { return a.group < b.group; };
   if (!std::is_sorted(entries.begin(), entries.end(), earlier)) {
     std::stable_sort(entries.begin(), entries.end(), earlier);
@@ -282,6 +279,7 @@ void ema_scale_update_backward(
     std::optional<Tensor> grad_scale) {
   DeviceGuard guard(scale.get_device_index());
   cudaStream_t stream = current_stream(scale.get_device_index());
+  check_groups(groups, scale);
   Table table = build_backward_table(grad, bias, ema, groups, grad_bias);
   if (grad_scale && !bias.empty()) {
     run_with_sums(table.entries, scale, *grad_scale, stream);
