@@ -113,3 +113,16 @@ def test_a_gradient_to_be_differentiated_again_is_as_exact(target: Target, dtype
     exact = sum((g.double() * (b.double() - e.double())).sum() for g, b, e in zip(grad, bias, ema, strict=True))
     for got in found:
         torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_several_gradients_at_once(target: Target) -> None:
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` asks for them."""
+    ema, params, bias = torch.randn(3, 2, 3, device=target.device).unbind()
+    bias = bias.clone().requires_grad_()
+    scale = torch.tensor(0.75, device=target.device, requires_grad=True)
+    (weights,) = ema_scale_update([ema], [params], 0.9, scale=scale, bias=[bias])
+    rows = torch.eye(6, device=target.device).view(6, 2, 3)
+    at_once = torch.autograd.grad(weights, [scale, bias], rows, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(weights, [scale, bias], row, retain_graph=True) for row in rows]
+    for got, want in zip(at_once, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want))

@@ -76,7 +76,8 @@ class _EffectiveWeights(torch.autograd.Function):
         count = ctx.count
         bias, ema = saved[:count], saved[count:]
         differentiable = torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in (*grads, scale))
-        if differentiable:
+        if differentiable or any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads if g is not None):
+            # Several gradients at once (is_grads_batched), of which an operator that writes knows nothing.
             grad_scale, grad_bias = _differentiable_backward(ctx, scale, bias, ema, grads)
         else:
             grad_scale, grad_bias = _fused_backward(ctx, scale, bias, ema, grads)
