@@ -198,3 +198,24 @@ print(sorted({name.split(".")[0] for name in set(sys.modules) - before}))
     assert "manpp_kernels" in result.stdout, result.stderr
     for name in ("triton", "torchvision", "sklearn", "matplotlib", "timm"):
         assert name not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    {
+        "channels": (lambda o, x: o.scale_bias_mix(x, x, torch.ones(2), 2.0), "one entry, or one for each channel"),
+        "shapes": (lambda o, x: o.scale_bias_mix(x, x.view(8), torch.ones(()), 2.0), "of one shape and dtype"),
+        "groups": (
+            lambda o, x: o.ema_scale_update([x], [x], 0.5, None, torch.ones(1), [x], [1], 2.0, None, [x.clone()]),
+            "group 1 of a scale with 1 entries",
+        ),
+        "groups, backward": (
+            lambda o, x: o.ema_scale_update_backward([x], [x], [x], torch.ones(1), [-1], 2.0, [x.clone()], None),
+            "group -1 of a scale with 1 entries",
+        ),
+    }.values(),
+)
+def test_compiled_operators_read_nothing_past_the_end_of_scale(call, message: str) -> None:
+    """Called directly, as the public functions check before."""
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.ops.manpp_kernels, torch.ones(1, 4, 2))
