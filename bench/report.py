@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from goals import Goal, fraction_of_floor, goals
 
@@ -228,10 +228,15 @@ def readme_block(found: dict[str, Results]) -> str:
     """The few figures of the README."""
     parts = []
     for results in found.values():
-        lines = _readme_operators(results) + _readme_training(results)
-        if lines:
-            head = [title(results), "ours", "the alternative", ""]
-            parts.append(table(head, lines))
+        operators, steps = _readme_operators(results), _readme_steps(results)
+        if operators:
+            parts.append(table([title(results), "`EmaPlan`", "the fastest alternative", ""], operators))
+        if steps:
+            first = results["training"]["rows"][0]
+            kind = "memory" if on_gpu(results) else "activations"
+            what = f"{title(results)}, a step of {first['batch']} images"
+            head = [what, "ms", "of end to end", f"{kind}, MiB", "of end to end"]
+            parts.append(table(head, steps))
     return "\n\n".join(parts) or "No results are kept yet."
 
 
@@ -243,71 +248,57 @@ def _readme_operators(results: Results) -> list[list[str]]:
         usual = r["dtypes"] == "fp32" and not r["resident"] and r["mode"] == "eager" and r["threads"] == threads
         if not usual or r["size"] not in README_SIZES or r["work"] == "weights backward":
             continue
-        names = [n for n in r["contenders"] if n.startswith("foreach")]
-        best = min(names, key=lambda n: r["contenders"][n]["us"])
-        us = r["contenders"][best]["us"]
+        peers = {n: c["us"] for n, c in r["contenders"].items() if not c["ours"]}
+        best = min(peers, key=lambda n: peers[n])
+        us = peers[best]
         lines.append(
             [f"EMA {r['work']}, {r['size']}", f"{time(r['us'])} µs", f"{best}: {time(us)} µs", f"{us / r['us']:.1f}x"]
         )
     return lines
 
 
-class Compared(NamedTuple):
-    """Training steps of the README: one variant beside another, by time and by memory."""
-
-    what: str
-    variant: str
-    alternative: str
-    timed_against: str
-    memory_against: str
-
-
+# The training steps of the README, and what they are called there. Captured steps are compared with the captured one.
 README_STEPS = {
-    "cpu": [Compared("MAN++", "MAN++ parameter form, unlocked", "plain PyTorch", "MAN++, plain PyTorch", "e2e")],
-    "gpu": [
-        Compared(
-            "MAN++, captured",
-            "MAN++ parameter form, unlocked, CUDA graph",
-            "plain PyTorch, eager",
-            "MAN++, plain PyTorch",
-            "e2e, CUDA graph",
-        ),
-        Compared(
-            "DGL with 4 blocks, compiled and captured, 2 streams",
-            "dgl, narrow head, 4 blocks, compiled, CUDA graph, 2 streams",
-            "end to end, compiled and captured",
-            "e2e, compiled, CUDA graph",
-            "e2e, compiled, CUDA graph",
-        ),
-    ],
+    "cpu": {
+        "end to end": "e2e",
+        "end to end, recomputed": "e2e, checkpointed",
+        "DGL, 4 blocks": "dgl, narrow head, 4 blocks",
+        "DGL, 4 blocks, recomputed": "dgl, narrow head, 4 blocks, checkpointed",
+        "MAN++ as published, in plain PyTorch": "MAN++, plain PyTorch",
+        "MAN++ as published": "MAN++ activation form",
+        "MAN++, parameter form, unlocked": "MAN++ parameter form, unlocked",
+    },
+    "gpu": {
+        "end to end": "e2e",
+        "end to end, recomputed": "e2e, checkpointed",
+        "DGL, 4 blocks": "dgl, narrow head, 4 blocks",
+        "MAN++ as published, in plain PyTorch": "MAN++, plain PyTorch",
+        "MAN++ as published": "MAN++ activation form",
+        "captured: end to end": "e2e, CUDA graph",
+        "captured: end to end, compiled": "e2e, compiled, CUDA graph",
+        "captured: DGL": "dgl, narrow head, CUDA graph",
+        "captured: DGL, 3 streams": "dgl, narrow head, CUDA graph, 3 streams",
+        "captured: DGL, 4 blocks": "dgl, narrow head, 4 blocks, CUDA graph",
+        "captured: DGL, 4 blocks, compiled, 2 streams": "dgl, narrow head, 4 blocks, compiled, CUDA graph, 2 streams",
+        "captured: MAN++ as published": "MAN++ activation form, CUDA graph",
+        "captured: MAN++, parameter form, unlocked": "MAN++ parameter form, unlocked, CUDA graph",
+    },
 }
 
 
-def _readme_training(results: Results) -> list[list[str]]:
+def _readme_steps(results: Results) -> list[list[str]]:
     gpu = on_gpu(results)
-    kind, kept = ("allocated_bytes", "memory") if gpu else ("saved_bytes", "activation memory")
+    kind = "allocated_bytes" if gpu else "saved_bytes"
     rows = {(r["network"], r["variant"]): r for r in results.get("training", {}).get("rows", [])}
     lines = []
     for network in dict.fromkeys(network for network, _ in rows):
-        for c in README_STEPS["gpu" if gpu else "cpu"]:
-            names = (c.variant, c.timed_against, c.memory_against)
-            if not all((network, name) in rows for name in names):
-                continue
-            ours, timed, memory = (rows[network, name] for name in names)
-            plain = c.timed_against == "MAN++, plain PyTorch"
-            speed_up = ours["speed_up"] if plain else timed["seconds"] / ours["seconds"]  # as the page says it
-            what = f"{c.what}, {network}" + ("" if "4 blocks" in c.what else f", K = {ours['blocks']}")
-            seconds = [f"{1e3 * r['seconds']:,.{1 if gpu else 0}f} ms" for r in (ours, timed)]
-            bytes_ = [f"{mib(r[kind])} MiB" for r in (ours, memory)]
-            lines += [
-                [
-                    f"step of {what}",
-                    seconds[0],
-                    f"{c.alternative}: {seconds[1]}",
-                    f"{speed_up:.2f}x",
-                ],
-                [f"its {kept}", bytes_[0], f"end to end: {bytes_[1]}", f"{ours[kind] / memory[kind]:.0%}"],
-            ]
+        for what, variant in README_STEPS["gpu" if gpu else "cpu"].items():
+            if (network, variant) in rows:
+                r = rows[network, variant]
+                ms = f"{1e3 * r['seconds']:,.{1 if gpu else 0}f}"
+                lines.append(
+                    [f"{network}: {what}", ms, f"{r['of_e2e']:.2f}x", mib(r[kind]), f"{r['memory_share']:.0%}"]
+                )
     return lines
 
 
