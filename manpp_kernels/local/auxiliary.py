@@ -301,7 +301,7 @@ class ParameterTransform(EmaTransform, Prepared):
             with torch.no_grad():
                 values = self._plan.update(1.0, scale=self.scale)
             assert values is not None
-        phi = [p.detach() for p in self.ema.parameters()]
+        phi = list(self.ema.parameters())
         return attach_effective_weights(values, self.scale, self.beta(), phi, [], self.total)
 
     def before_forward(self, images: Tensor) -> None:

@@ -56,19 +56,24 @@ class _EffectiveWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scale: Tensor, groups: list[int], total: float, count: int, *tensors: Tensor
+        ctx: Any,
+        scale: Tensor,
+        groups: list[int],
+        total: float,
+        ema: tuple[Tensor, ...],
+        out: tuple[Tensor, ...],
+        *bias: Tensor,
     ) -> tuple[Tensor, ...]:
-        bias, ema, out = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        need_bias = any(ctx.needs_input_grad[4 : 4 + count])
-        need_scale = ctx.needs_input_grad[0]
+        # ema and out come in tuples, at which autograd does not look: that of each tensor takes most of a microsecond.
+        need_scale, need_bias = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
         # bias and ema are read for the gradient of scale alone, scale for that of bias.
         ctx.save_for_backward(scale, *(bias + ema if need_scale else ()))
-        ctx.groups, ctx.total, ctx.count = groups, total, count
+        ctx.groups, ctx.total, ctx.count = groups, total, len(bias)
         ctx.need_bias, ctx.need_scale = need_bias, need_scale
         ctx.bias_dtypes = [b.dtype for b in bias]
         # Weights that the loss does not use then cost nothing; as zeros they would be read, and written, in full.
         ctx.set_materialize_grads(False)
-        return tuple(w.view_as(w) for w in out)
+        return tuple([w.detach() for w in out])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -76,12 +81,17 @@ class _EffectiveWeights(torch.autograd.Function):
         count = ctx.count
         bias, ema = saved[:count], saved[count:]
         differentiable = torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in (*grads, scale))
-        if differentiable or any(torch._C._functorch.is_legacy_batchedtensor(g) for g in grads if g is not None):
-            # Several gradients at once (is_grads_batched), of which an operator that writes knows nothing.
+        if differentiable or _batched(grads):
             grad_scale, grad_bias = _differentiable_backward(ctx, scale, bias, ema, grads)
         else:
             grad_scale, grad_bias = _fused_backward(ctx, scale, bias, ema, grads)
-        return (grad_scale, None, None, None, *grad_bias, *([None] * (2 * count)))
+        return (grad_scale, None, None, None, None, *grad_bias)
+
+
+def _batched(grads: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are several gradients at once (``is_grads_batched``), which an operator that writes cannot take."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return not torch.compiler.is_compiling() and any(is_batched(g) for g in grads if g is not None)
 
 
 def _fused_backward(
@@ -137,8 +147,7 @@ def attach_effective_weights(
     """``out``, holding scale bias + (total - scale) ema already, as differentiable functions of scale and bias."""
     if not torch.is_grad_enabled() or not (scale.requires_grad or any(b.requires_grad for b in bias)):
         return out
-    ema = [e.detach() for e in ema]
-    return list(_EffectiveWeights.apply(scale, groups, total, len(bias), *bias, *ema, *out))
+    return list(_EffectiveWeights.apply(scale, groups, total, tuple(ema), tuple(out), *bias))
 
 
 # What a seed for stochastic rounding is drawn from: [SEED_MIN, SEED_MAX).
