@@ -70,7 +70,9 @@ class Recomputed(nn.Module):
         self._norms = [m for m in unit.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        # A unit with nothing to train, behind nothing to train, has no backward pass: it keeps nothing as it is.
+        wanted = x.requires_grad or any(p.requires_grad for p in self.unit.parameters())
+        if not (wanted and torch.is_grad_enabled()):
             return self.unit(x)  # type: ignore[no-any-return]
         # The reentrant form runs the unit once more by ordinary autograd, so that a meter of saved tensors sees what it
         # keeps. It asks for an input that requires grad, which that of a block's first unit does not.

@@ -1,0 +1,42 @@
+"""Units that run once more in the backward pass, in the cases where that is more than running them again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from manpp_kernels.local.parts import Recomputed
+from manpp_kernels.models import CifarResNet
+from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return images, torch.arange(8) % 4
+
+
+def trained(model: nn.Module, recompute: bool, **config) -> tuple[LocalTrainer, list[torch.Tensor]]:
+    """A trainer after three steps, and all losses of these."""
+    torch.manual_seed(1)
+    trainer = LocalTrainer(model, TrainerConfig(learning_rate=0.01, recompute=recompute, **config), example=(3, 8, 8))
+    return trainer, [loss for _ in range(3) for loss in trainer.step(batch()).losses]
+
+
+def assert_alike(make, **config) -> None:
+    (plain, a), (again, b) = (trained(make(), recompute, **config) for recompute in (False, True))
+    assert any(isinstance(m, Recomputed) for m in again.network.modules())
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(plain.export_state_dict(), again.export_state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [{"rule": "e2e"}, {"rule": "dgl", "blocks": 3}, {"rule": "mlaan", "blocks": 3}])
+def test_whole_units_may_be_frozen(config: dict) -> None:
+    def frozen() -> nn.Module:
+        torch.manual_seed(0)
+        model = CifarResNet((2, 2, 1), num_classes=4, widths=(4, 6, 8))
+        for part in (model.conv1, model.bn1, model.layer1):
+            part.requires_grad_(False)
+        return model
+
+    assert_alike(frozen, **config)
