@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm
 
 from manpp_kernels.local.parts import Recomputed
 from manpp_kernels.models import CifarResNet
@@ -40,3 +41,25 @@ def test_whole_units_may_be_frozen(config: dict) -> None:
         return model
 
     assert_alike(frozen, **config)
+
+
+@pytest.mark.parametrize("normalised", [parametrizations.spectral_norm, spectral_norm], ids=["parametrization", "hook"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rule": "dgl", "blocks": 2},
+        {"rule": "dgl", "blocks": 2, "accumulate": 2},
+        {"rule": "mlaan", "rule_options": {"lb_init": "copy"}},
+    ],
+)
+def test_a_power_iteration_goes_on_once_a_step(normalised, config: dict) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [
+            layer
+            for width in (3, 4, 4, 4)
+            for layer in (normalised(nn.Conv2d(width, 4, 3, padding=1, bias=False)), nn.ReLU())
+        ]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+
+    assert_alike(model, **config)
