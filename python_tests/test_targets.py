@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ def test_answers() -> None:
     assert answers(logits, torch.tensor([0, 1, -100, 3]), -100) == (2, 3)
     assert answers(logits, torch.tensor([0, 1, 2, 3]), 0) == (2, 3)  # a class that is ignored, and predicted
     assert answers(logits, torch.eye(4)[[0, 1, 2, 3]]) == (3, 4)
-    # Rows that are no probabilities do not count, nor any where floating-point targets are something else.
-    mixed = torch.tensor([[0.5, 0.5, 0, 0], [1.0, 1, 0, 0], [0, 0, 0.9, 0.1], [2.0, 0, 0, -1]])
-    assert answers(logits, mixed) == (2, 2)
+    # Distributions, unless floating-point targets are known to be something else, or one row shows that they are.
+    mixed = torch.tensor([[0.5, 0.5, 0, 0], [0, 1.0, 0, 0], [0, 0, 0.9, 0.1], [0.25, 0.25, 0, 0.5]])
+    assert answers(logits, mixed) == (3, 4)
     assert answers(logits, mixed, probabilities=False) == (0, 0)
+    for row in ([1.0, 1, 0, 0], [2.0, 0, 0, -1], [0.0, 0, 0, 0]):
+        assert answers(logits, torch.cat([mixed[:3], torch.tensor([row])])) == (0, 0)
     # Neither several labels an image, nor numbers to be met, are right or wrong.
     assert answers(logits, torch.ones(4, 4, dtype=torch.int64)) == (0, 0)
     assert answers(logits, torch.ones(4)) == (0, 0)
@@ -71,6 +74,17 @@ def test_cross_entropy_ignores_what_pytorchs_own_does() -> None:
         (lambda logits, t: nn.functional.mse_loss(logits.flatten(), t), 1, torch.rand(4)),
         (nn.BCEWithLogitsLoss(), 1, torch.rand(4, 1)),
         (nn.BCEWithLogitsLoss(), 4, torch.eye(4)),
+        (nn.functional.binary_cross_entropy_with_logits, 4, torch.eye(4)),
+        (
+            functools.partial(nn.functional.binary_cross_entropy_with_logits, pos_weight=torch.ones(4)),
+            4,
+            torch.eye(4),
+        ),
+        (
+            lambda logits, t: nn.functional.binary_cross_entropy_with_logits(logits, t),
+            4,
+            torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]),
+        ),
         (nn.MSELoss(), 4, torch.eye(4)),
         (lambda logits, t: nn.functional.mse_loss(logits, t), 4, torch.rand(4, 4) + 1),
         (lambda logits, t: nn.functional.cross_entropy(logits, t % 4), 4, torch.tensor([4, 5, 6, 7])),
@@ -80,6 +94,9 @@ def test_cross_entropy_ignores_what_pytorchs_own_does() -> None:
         "a number",
         "one probability",
         "one label of several",
+        "the function of it",
+        "the function with a weight",
+        "own function of several labels",
         "numbers",
         "a function",
         "own classes",

@@ -61,18 +61,22 @@ def ignored_label(criterion: Criterion | None) -> int | None:
     return ignored
 
 
-# Criteria whose floating-point targets are no probabilities of classes.
+# Criteria whose floating-point targets are no probabilities of classes, as modules and as functions.
 _OF_NUMBERS = (
     nn.BCELoss | nn.BCEWithLogitsLoss | nn.MultiLabelSoftMarginLoss | nn.MSELoss | nn.L1Loss | nn.SmoothL1Loss
     | nn.HuberLoss | nn.PoissonNLLLoss
+)  # fmt: skip
+_FUNCTIONS_OF_NUMBERS = (
+    F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss, F.mse_loss, F.l1_loss,
+    F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss,
 )  # fmt: skip
 
 
 def answers_to(criterion: Criterion | None) -> Answers:
     """How predictions are scored under a criterion; see :func:`answers`."""
-    return functools.partial(
-        answers, ignored=ignored_label(criterion), probabilities=not isinstance(criterion, _OF_NUMBERS)
-    )
+    function = criterion.func if isinstance(criterion, functools.partial) else criterion
+    of_numbers = isinstance(criterion, _OF_NUMBERS) or function in _FUNCTIONS_OF_NUMBERS
+    return functools.partial(answers, ignored=ignored_label(criterion), probabilities=not of_numbers)
 
 
 def check_labels(targets: Tensor, classes: int, ignored: int | None) -> None:
@@ -95,16 +99,17 @@ def answers(
     """How many predictions are right, and of how many, without waiting for the device.
 
     Targets are class numbers (N,), of which those equal to ``ignored`` do not count, or (where floating-point targets
-    are ``probabilities``) of classes (N, C): those rows count that are none below 0 and sum to 1. Of any other targets
-    nothing is right or wrong: 0 of 0.
+    are ``probabilities``) of classes (N, C): every row none below 0, with the sum 1. Of any other targets nothing is
+    right or wrong: 0 of 0.
     """
     if logits.dim() != 2:
         return 0, 0
     if targets.is_floating_point():
         if not probabilities or targets.shape != logits.shape or targets.shape[1] < 2:
             return 0, 0
-        counts = ((targets.sum(1) - 1).abs() < 0.01) & (targets >= 0).all(1)
-        return ((logits.argmax(1) == targets.argmax(1)) & counts).sum(), counts.sum()
+        # All rows or none: among images with several labels each, those that happen to have one are no sample of them.
+        count = ((targets.sum(1) - 1).abs() < 0.01).all() & (targets >= 0).all()
+        return (logits.argmax(1) == targets.argmax(1)).sum() * count, len(targets) * count
     if targets.dim() != 1:
         return 0, 0
     right = logits.argmax(1) == targets
