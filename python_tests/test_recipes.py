@@ -154,6 +154,9 @@ def test_manpp_train_takes_a_recipe(tmp_path) -> None:
         ("man++-infopro/imagenet/resnet101-k4", {"host": "dgl"}, {"host_options"}),
         ("man++-infopro/imagenet/resnet101-k4", {"host": "infopro"}, set()),
         ("man++-infopro/imagenet/resnet101-k4", {"rule": "dgl"}, {"host", "host_options"}),
+        ("man++/cifar10/resnet32-k16", {"data": "digits"}, {"crop", "flip", "image_size"}),
+        ("man++/cifar10/resnet32-k16", {"data": "cifar10"}, set()),
+        ("man++-infopro/imagenet/resnet101-k4", {"data": "digits"}, {"flip", "image_size"}),
     ],
 )
 def test_what_belongs_to_the_recipes_own_goes_with_it(name: str, given: dict, left_out: set[str]) -> None:
@@ -161,13 +164,14 @@ def test_what_belongs_to_the_recipes_own_goes_with_it(name: str, given: dict, le
     from manpp_kernels.cli.settings import Settings
     from manpp_kernels.cli.train import _by_recipe
 
-    given = {"data": "digits", **given}
+    if recipe(name).data is None:
+        given = {"data": "folder:photos", **given}
     options, published = _by_recipe(name, given), recipe(name).settings()
     assert options == {**{key: value for key, value in published.items() if key not in left_out}, **given}
     run = Settings.of(options).run
     optimizer_factory(run.optimizer, default_lr(run.optimizer, 128), run.weight_decay, run.optimizer_arg)
     # What the command line gives in their place is kept.
-    asked = {"lr": 0.5, "weight_decay": 0.25, "optimizer_arg": {}}
+    asked = {"lr": 0.5, "weight_decay": 0.25, "optimizer_arg": {}, "flip": True, "crop": 3}
     assert _by_recipe(name, {**given, **asked}).items() >= asked.items()
 
 

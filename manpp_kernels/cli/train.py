@@ -77,8 +77,11 @@ def _by_recipe(name: str, given: dict[str, Any]) -> dict[str, Any]:
     if found.data is None and "data" not in given:
         raise UserError(f"the recipe {name!r} needs the folder of its images: --data folder:PATH")
     settings = found.settings()
-    # What belongs to the recipe's rule, host or optimizer is left out where another takes its place.
+    # What belongs to the recipe's images, rule, host or optimizer is left out where another takes its place.
     dropped: set[str] = set()
+    data = given.get("data", found.data)
+    if data != found.data and not (found.data is None and str(data).startswith("folder:")):
+        dropped |= {"crop", "flip", "image_size"}
     if given.get("rule", found.rule) != found.rule:
         dropped |= set(found.rule_options)
     if given.get("host", settings.get("host")) != settings.get("host"):
