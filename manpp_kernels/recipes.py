@@ -21,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from manpp_kernels.local.config import TrainerConfig
 
 
@@ -62,17 +64,24 @@ class Recipe:
     def trainer_config(self) -> TrainerConfig:
         """What :class:`manpp_kernels.trainer.LocalTrainer` takes; model, data and schedule are the caller's.
 
-        So is an optimizer that is not SGD: the trainer makes no other by itself.
+        The trainer makes SGD alone by itself: where the recipe has AdamW, the config has no learning rate, and the
+        trainer asks for an ``optimizer``, which is :meth:`optimizer`.
         """
         config = TrainerConfig(rule=self.rule, rule_options=dict(self.rule_options), blocks=self.blocks)
         if self.sgd_momentum is None:
-            return config
+            return dataclasses.replace(config, learning_rate=None)
         return dataclasses.replace(
             config,
             learning_rate=self.learning_rate,
             sgd_momentum=self.sgd_momentum,
             weight_decay=self.weight_decay,
         )
+
+    def optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """Makes the published optimizer: what a trainer takes as its ``optimizer``."""
+        if self.sgd_momentum is None:
+            return torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
+        return self.trainer_config().sgd(parameters)
 
     def settings(self) -> dict[str, Any]:
         """The options of ``manpp train``, by their names; without ``data`` where the user has to give it."""

@@ -77,7 +77,12 @@ def test_the_vision_transformers() -> None:
     assert "optimizer_arg" not in options
     assert found.trainer_config().rule_options == {"auxiliary_depth": 2}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32)
-    trainer = LocalTrainer(model, found.trainer_config(), example=(3, 32, 32), optimizer=torch.optim.AdamW)
+    with pytest.raises(ValueError, match=r"no learning rate, .* give the trainer an optimizer"):
+        LocalTrainer(model, found.trainer_config(), example=(3, 32, 32))
+    trainer = LocalTrainer(model, found.trainer_config(), example=(3, 32, 32), optimizer=found.optimizer)
+    (optimizer,) = trainer.optimizers
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-3, 1e-2)
     names = trainer.network.partition.names()
     assert names == [["stem", "blocks.1", "blocks.2"], *([f"blocks.{i + j}" for j in range(3)] for i in (3, 6, 9))]
     # In front of the head: the two copies of the first block of the next group, and a copy of the one behind it.
@@ -93,7 +98,10 @@ def test_one_segment_a_block_is_16_and_55() -> None:
 
 @pytest.mark.parametrize("rule", ["man++", "infopro", "mlaan"])
 def test_the_trainers_part_of_a_recipe(rule: str) -> None:
-    found = recipe(f"{rule}/cifar10/resnet32-k16").trainer_config()
+    published = recipe(f"{rule}/cifar10/resnet32-k16")
+    found = published.trainer_config()
+    made = published.optimizer([torch.nn.Parameter(torch.ones(1))]).defaults
+    assert (made["lr"], made["momentum"], made["nesterov"], made["weight_decay"]) == (0.8, 0.9, True, 1e-4)
     assert (found.learning_rate, found.sgd_momentum, found.nesterov, found.weight_decay) == (0.8, 0.9, True, 1e-4)
     # The same rule on a network of five segments.
     trainer = LocalTrainer(small_model(), dataclasses.replace(found, blocks=5), example=(3, 16, 16))

@@ -29,7 +29,8 @@ class TrainerConfig:
         order: of a step. ``"published"``: for each block forward, backward, EMA update; one optimizer step at the end.
             ``"unlocked"``: all EMA updates in one launch first, then for each block forward, backward, optimizer step,
             gradients freed, so that gradients never exist for more than one block.
-        learning_rate, sgd_momentum, nesterov, weight_decay: of SGD, where the trainer is given no optimizer.
+        learning_rate, sgd_momentum, nesterov, weight_decay: of SGD, where the trainer is given no optimizer; with a
+            learning rate of None it has to be given one.
         schedule: how often a scheduler steps, every ``"epoch"`` or every ``"step"``.
         label_smoothing: of the cross-entropy, where the trainer is given no criterion.
         clip_norm: the most that the gradient norm of each block may be; None does not clip.
@@ -68,7 +69,7 @@ class TrainerConfig:
     blocks: int | Sequence[int | str] | None = None
     balance: Literal["count", "memory"] = "count"
     order: Literal["published", "unlocked"] = "published"
-    learning_rate: float = 0.1
+    learning_rate: float | None = 0.1
     sgd_momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 1e-4
@@ -108,7 +109,16 @@ class TrainerConfig:
                     raise ValueError(f"cuda_graphs does not go with {name}={value!r}")
 
     def sgd(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer that a trainer uses which is given none."""
+        """The optimizer that a trainer uses which is given none.
+
+        Raises:
+            ValueError: there is no learning rate.
+        """
+        if self.learning_rate is None:
+            raise ValueError(
+                "the config has no learning rate, as it is not for SGD: give the trainer an optimizer (of a recipe: "
+                "optimizer=recipe.optimizer), or set learning_rate"
+            )
         return torch.optim.SGD(
             parameters,
             self.learning_rate,
