@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from manpp_kernels.local import Parts, adapt, partition
+from manpp_kernels.local import Parts, adapt, measure_step_memory, partition
 from manpp_kernels.local.partition import _minimax
 from manpp_kernels.local.parts import reset_parameters
 from manpp_kernels.models import CifarResNet, resnet20, resnet32, resnet110
+from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
 
 def mlp() -> nn.Sequential:
@@ -113,6 +114,19 @@ def test_balanced_by_memory() -> None:
     assert len(by_memory.blocks[0]) < len(by_memory.blocks[-1])  # early activations are larger
 
 
+def test_balancing_by_memory_knows_what_recomputed_units_keep() -> None:
+    """The measured peak of the chosen blocks is the least of all partitions, or next to it: heads are not balanced."""
+    images = torch.rand(2, 3, 16, 16)
+
+    def peak(blocks, **config) -> int:
+        config = TrainerConfig(rule="dgl", rule_options={"width": "linear"}, blocks=blocks, recompute=True, **config)
+        trainer = LocalTrainer(resnet20(), config, example=(3, 16, 16))
+        return measure_step_memory(trainer, (images, torch.tensor([0, 1]))).saved_peak
+
+    best = min(peak(list(cuts)) for cuts in itertools.combinations(range(9), 2))
+    assert peak(3, balance="memory") <= 1.02 * best
+
+
 def test_minimax_is_the_best_of_all_partitions() -> None:
     generator = torch.Generator().manual_seed(0)
     for n in range(1, 8):
@@ -122,7 +136,7 @@ def test_minimax_is_the_best_of_all_partitions() -> None:
                 max(sum(weights[a:b]) for a, b in itertools.pairwise([0, *cuts, n]))
                 for cuts in itertools.combinations(range(1, n), count - 1)
             )
-            ends = _minimax(weights, count)
+            ends = _minimax([list(itertools.accumulate(weights[a:])) for a in range(n)], count)
             assert len(ends) == count
             assert max(sum(weights[a:b]) for a, b in itertools.pairwise([0, *ends])) == best
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,8 @@ def partition(
             measured (in evaluation mode; the model is not changed).
         balance: how a count is distributed. ``"count"``: as evenly as possible, where it does not come out even the
             later blocks have one segment more, as their activations are smaller. ``"memory"``: so that the most
-            saved-activation bytes of any block's body, measured, are as few as possible.
+            saved-activation bytes of any block's body, measured (of recomputed units: their inputs, and what one of
+            them keeps while it runs again), are as few as possible.
         recompute: the units run once more in the backward pass, and keep no activations until then.
 
     Raises:
@@ -96,8 +98,8 @@ def partition(
         ValueError: K is not between 1 and the number of segments; boundaries that name no unit or do not ascend;
             an unknown balance; an adapter whose parts are not the model.
     """
-    if balance not in _BALANCE:
-        raise ValueError(f"balance has to be one of {', '.join(_BALANCE)}, and is {balance!r}")
+    if balance not in ("count", "memory"):
+        raise ValueError(f"balance has to be one of count, memory, and is {balance!r}")
     if balance != "count" and isinstance(blocks, Sequence):
         raise ValueError(f"balance {balance!r} distributes a number of blocks, and blocks gives the boundaries itself")
     parts = adapt(model)
@@ -119,7 +121,10 @@ def partition(
     by_memory = balance == "memory" and ends is None and count < len(names)
     segments, output_shape = _measure(model, parts, images, by_memory)
     if ends is None:
-        ends = _BALANCE[balance]([s.saved_bytes for s in segments] if by_memory else [1] * len(names), count)
+        if by_memory:
+            ends = _minimax(_block_bytes(segments, parts.recomputed, images.element_size()), count)
+        else:
+            ends = _evenly(len(names), count)
     starts = [0, *ends[:-1]]
     ranges = tuple(range(a, b) for a, b in zip(starts, ends, strict=True))
     return Partition(model, parts, segments, ranges, images.shape, output_shape)
@@ -163,21 +168,42 @@ def _ends(boundaries: Boundaries, names: list[str]) -> list[int]:
     return [*ends, len(names)]
 
 
-def _evenly(weights: list[int], count: int) -> list[int]:
-    small, rest = divmod(len(weights), count)
+def _evenly(segments: int, count: int) -> list[int]:
+    small, rest = divmod(segments, count)
     return list(itertools.accumulate(small + (i >= count - rest) for i in range(count)))
 
 
-def _minimax(weights: list[int], count: int) -> list[int]:
-    """Ends of ``count`` non-empty runs whose largest sum is the least possible, by dynamic programming."""
-    total = [0, *itertools.accumulate(weights)]
-    n = len(weights)
-    # best[i]: (the least largest sum of the first i weights in k runs, the ends of those runs)
+def _block_bytes(segments: Sequence[Segment], recomputed: bool, item: int) -> list[list[int]]:
+    """What a block of the segments i to j keeps per image at most, at [i][j - i]; values have ``item`` bytes.
+
+    Recomputed, a unit keeps its input alone until it runs once more, when those behind it are done; the stem is not.
+    """
+    table = []
+    for i in range(len(segments)):
+        held, most, row = 0, 0, []
+        for j in range(i, len(segments)):
+            own = segments[j].saved_bytes
+            kept = item * math.prod(segments[j - 1].shape[1:]) if recomputed and j > 0 else own
+            most, held = max(most, held + own, held + kept), held + kept
+            row.append(most)
+        table.append(row)
+    return table
+
+
+def _minimax(costs: list[list[int]], count: int) -> list[int]:
+    """Ends of ``count`` non-empty runs of which the dearest costs the least possible, by dynamic programming.
+
+    Args:
+        costs: of the run from i to j (included) at [i][j - i].
+        count: how many runs.
+    """
+    n = len(costs)
+    # best[i]: (the least dearest of the first i in k runs, the ends of those runs)
     best: list[tuple[int, list[int]] | None] = [(0, [])] + [None] * n
     for k in range(1, count + 1):
         now: list[tuple[int, list[int]] | None] = [None] * (n + 1)
         for i in range(k, n + 1):
-            options = ((max(b[0], total[i] - total[j]), j) for j in range(k - 1, i) if (b := best[j]) is not None)
+            options = ((max(b[0], costs[j][i - 1 - j]), j) for j in range(k - 1, i) if (b := best[j]) is not None)
             value, j = min(options)
             before = best[j]
             assert before is not None
@@ -186,9 +212,6 @@ def _minimax(weights: list[int], count: int) -> list[int]:
     found = best[n]
     assert found is not None
     return found[1]
-
-
-_BALANCE: dict[str, Callable[[list[int], int], list[int]]] = {"count": _evenly, "memory": _minimax}
 
 
 def _measure(model: nn.Module, parts: Parts, images: Tensor, by_memory: bool) -> tuple[tuple[Segment, ...], torch.Size]:
