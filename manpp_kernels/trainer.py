@@ -163,7 +163,7 @@ class LocalTrainer(Resumable):
             TypeError: the batch is no pair of tensors.
             ValueError: it does not fit the network (labels on an accelerator are checked in the first step only).
         """
-        check_batch(batch, self.config.accumulate, len(self.network))
+        check_batch(batch, self.config.accumulate, self.network.least_images)
         # Where labels lie on an accelerator, looking at them makes the step wait for the one before: only once then.
         if self._labels and (self._first_step or batch[1].device.type == "cpu"):
             check_labels(batch[1], self.network.num_classes, self._ignored)

@@ -91,6 +91,21 @@ def test_checkpoints_every_few_steps_need_a_place() -> None:
         small_trainer().fit(loader(), 1, checkpoint_every=5)
 
 
+@pytest.mark.parametrize("rule", ["dgl", "predsim", "mlaan"])
+def test_one_image_is_enough_where_nothing_needs_two(rule: str) -> None:
+    """No batch normalisation beside the network."""
+    layers = [layer for size in (5, 6, 6, 6) for layer in (nn.Linear(size, 6), nn.GELU())]
+    for accumulate in (1, 2):
+        config = TrainerConfig(
+            rule=rule, rule_options={"width": "linear"} if rule == "dgl" else None, accumulate=accumulate
+        )
+        trainer = LocalTrainer(nn.Sequential(*copy.deepcopy(layers), nn.Linear(6, 4)), config, example=(5,))
+        result = trainer.step((torch.rand(accumulate, 5), torch.arange(accumulate)))
+        assert all(torch.isfinite(loss) for loss in result.losses)
+    with pytest.raises(ValueError, match="a batch of 1 in 2 micro-batches leaves 0 images for one, and each needs 1"):
+        trainer.step((torch.rand(1, 5), torch.tensor([0])))
+
+
 def test_features_that_no_head_fits() -> None:
     model = nn.Sequential(nn.Conv3d(1, 2, 1), nn.Conv3d(2, 2, 1), nn.Flatten(), nn.Linear(16, 4))
     with pytest.raises(ValueError, match=r"the DGL head takes vectors .* features here are \(N, 2, 2, 2, 2\)"):

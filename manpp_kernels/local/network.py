@@ -67,6 +67,14 @@ class LocalNetwork(nn.Module):
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def least_images(self) -> int:
+        """How many images a batch has to have: batch statistics of a local head, or of a copied unit, need two.
+
+        What the network's own layers need, they say themselves.
+        """
+        beside = (m for block in self if block.auxiliary is not None for m in block.auxiliary.modules())
+        return 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in beside) else 1
+
     def ema_updates(self) -> EmaUpdates:
         """The updates of all blocks in one launch, which also prepares the effective weights of the parameter form."""
         return EmaUpdates([t for block in self for t in block.transforms], self.rule.momentum, prepare=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,26 @@ class StepSums:
         return StepResult([torch.as_tensor(loss) for loss in self._losses], logits)
 
 
-def check_batch(batch: Batch, accumulate: int, blocks: int) -> None:
-    """Raise where images and targets do not fit the network or each other."""
+def check_batch(batch: Batch, accumulate: int, least_images: Callable[[], int]) -> None:
+    """Raise where images and targets do not fit the network or each other.
+
+    Args:
+        batch: as it was given.
+        accumulate: the number of micro-batches.
+        least_images: says how many images one has to have; asked only where there is one.
+    """
+    images, _ = check_pair(batch)
+    least = len(images) // accumulate
+    if least < 1 or (least < 2 and least < least_images()):
+        raise BatchError(
+            f"a batch of {len(images)} in {accumulate} micro-batches leaves {least} images for one, and "
+            + ("each needs 1" if least < 1 else "the batch normalisation of the local heads needs 2")
+            + "; drop a smaller last batch (drop_last=True)"
+        )
+
+
+def check_pair(batch: Batch) -> Batch:
+    """The batch itself; raises where it is no pair of tensors, of images and as many targets."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         kinds = ", ".join(type(t).__name__ for t in batch) if isinstance(batch, tuple | list) else type(batch).__name__
         raise TypeError(f"a batch has to be images and targets, two tensors, and is {kinds}")
@@ -53,9 +72,4 @@ def check_batch(batch: Batch, accumulate: int, blocks: int) -> None:
         raise BatchError(f"images have to be of a floating dtype, and are {images.dtype}; scale and normalise them")
     if len(images) != len(targets):
         raise BatchError(f"there are {len(images)} images and {len(targets)} targets")
-    least = len(images) // accumulate
-    if least < (2 if blocks > 1 else 1):
-        raise BatchError(
-            f"a batch of {len(images)} in {accumulate} micro-batches leaves {least} images for one, and the batch "
-            "normalisation of the local heads needs 2; drop a smaller last batch (drop_last=True)"
-        )
+    return images, targets
