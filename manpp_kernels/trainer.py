@@ -40,7 +40,7 @@ from manpp_kernels.local.parts import adapt
 from manpp_kernels.local.replicas import Alone, Replicas
 from manpp_kernels.local.resumable import CHECKPOINT_NAME, Resumable
 from manpp_kernels.local.rules import make_rule
-from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch
+from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch, check_pair
 from manpp_kernels.local.streams import make_lanes
 from manpp_kernels.local.targets import (
     Criterion,
@@ -164,9 +164,7 @@ class LocalTrainer(Resumable):
             ValueError: it does not fit the network (labels on an accelerator are checked in the first step only).
         """
         check_batch(batch, self.config.accumulate, self.network.least_images)
-        # Where labels lie on an accelerator, looking at them makes the step wait for the one before: only once then.
-        if self._labels and (self._first_step or batch[1].device.type == "cpu"):
-            check_labels(batch[1], self.network.num_classes, self._ignored)
+        self._check_labels(batch[1], first=self._first_step)
         self._first_step = False
         images, targets = self._on_device(batch)
         if not (self.model.training and self.network.training):
@@ -249,6 +247,11 @@ class LocalTrainer(Resumable):
         if self._amp_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._amp_dtype)
+
+    def _check_labels(self, targets: Tensor, *, first: bool) -> None:
+        # Where labels lie on an accelerator, looking at them waits for all that was launched before: only once then.
+        if self._labels and (first or targets.device.type == "cpu"):
+            check_labels(targets, self.network.num_classes, self._ignored)
 
     def _on_device(self, batch: Batch) -> Batch:
         images, targets = batch
@@ -398,7 +401,13 @@ class LocalTrainer(Resumable):
         self.epoch, self.position, self._totals, self._epoch_start = self.epoch + 1, 0, EpochTotals(), None
 
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float | None]:
-        """The deployed model in evaluation mode: ``accuracy`` (0 to 1, None without classes), ``loss``, ``images``."""
+        """The deployed model in evaluation mode: ``accuracy`` (0 to 1, None without classes), ``loss``, ``images``.
+
+        Batches without images are passed over.
+
+        Raises:
+            TypeError, ValueError: as :meth:`step`, but for the number of images; or there are none at all.
+        """
         totals = self._evaluate(loader)
         return {"accuracy": totals.accuracy(), "loss": totals.mean_loss(), "images": totals.images}
 
@@ -407,6 +416,9 @@ class LocalTrainer(Resumable):
         totals = EpochTotals()
         with evaluating(self.model):
             for batch in loader:
+                if len(check_pair(batch)[0]) == 0:  # whose mean loss is no number
+                    continue
+                self._check_labels(batch[1], first=totals.images == 0)
                 images, targets = self._on_device(batch)
                 with self._autocast():
                     logits = self.model(images)

@@ -285,7 +285,8 @@ def test_evaluate_is_the_deployed_model() -> None:
     trainer = small_trainer()
     trainer.step(batch())
     images, targets = batch(10)
-    found = trainer.evaluate([(images[:7], targets[:7]), (images[7:], targets[7:])])
+    # One batch without images: what a filter or a share of few images may leave.
+    found = trainer.evaluate([(images[at], targets[at]) for at in (slice(0, 7), slice(0), slice(7, None))])
     deployed = small_model()
     deployed.load_state_dict(trainer.export_state_dict())
     deployed.eval()

@@ -53,6 +53,9 @@ def test_wrong_class_counts_and_batches() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             trainer.step(wrong)
+        if len(wrong[0]) > 1:
+            with pytest.raises(ValueError, match=message):
+                trainer.evaluate([(images, targets), wrong])
     after = trainer.network.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
     for empty in (trainer.evaluate, functools.partial(trainer.fit, epochs=1)):
@@ -79,6 +82,8 @@ def test_wrong_class_counts_and_batches() -> None:
         ),
         (lambda: small_trainer().step({"image": batch()[0]}), TypeError, "two tensors, and is dict"),  # type: ignore[arg-type]
         (lambda: small_trainer().step((*batch(), 3)), TypeError, "two tensors, and is Tensor, Tensor, int"),  # type: ignore[arg-type]
+        (lambda: small_trainer().evaluate([{"image": batch()[0]}]), TypeError, "two tensors, and is dict"),  # type: ignore[list-item]
+        (lambda: small_trainer().evaluate([(*batch(), 3)]), TypeError, "two tensors, and is Tensor, Tensor, int"),  # type: ignore[list-item]
     ],
 )
 def test_arguments_of_another_kind(make: Callable[[], object], kind: type[Exception], message: str) -> None:
