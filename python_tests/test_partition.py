@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,6 +64,7 @@ def test_a_count_is_distributed_evenly(count: int) -> None:
     assert sizes == sorted(sizes)
     assert max(sizes) - min(sizes) <= 1
     assert list(itertools.chain.from_iterable(parts.blocks)) == list(range(16))
+    assert partition(resnet32(), np.int64(count), example=(3, 8, 8)).blocks == parts.blocks
 
 
 def test_boundaries() -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,12 +107,8 @@ def partition(
     if recompute:
         parts = dataclasses.replace(parts, recomputed=True)
     names = ["stem", *parts.units]
-    if not (blocks is None or isinstance(blocks, int | Sequence)):
-        raise TypeError(f"blocks has to be a number or a sequence of boundaries, and is {blocks!r}")
-    ends = None if blocks is None or isinstance(blocks, int) else _ends(blocks, names)
-    count = len(names) if blocks is None else len(ends) if ends is not None else blocks
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"blocks has to be a number or a sequence of boundaries, and is {blocks!r}")
+    ends = _ends(blocks, names) if isinstance(blocks, Sequence) else None
+    count = len(names) if blocks is None else len(ends) if ends is not None else _whole(blocks)
     if not 1 <= count <= len(names):
         raise ValueError(
             f"blocks is {count}, and {type(model).__name__} can be divided into 1 to {len(names)} local blocks "
@@ -120,11 +117,10 @@ def partition(
     images = example_images(example, next(model.parameters()))
     by_memory = balance == "memory" and ends is None and count < len(names)
     segments, output_shape = _measure(model, parts, images, by_memory)
-    if ends is None:
-        if by_memory:
-            ends = _minimax(_block_bytes(segments, parts.recomputed, images.element_size()), count)
-        else:
-            ends = _evenly(len(names), count)
+    if by_memory:
+        ends = _minimax(_block_bytes(segments, parts.recomputed, images.element_size()), count)
+    elif ends is None:
+        ends = _evenly(len(names), count)
     starts = [0, *ends[:-1]]
     ranges = tuple(range(a, b) for a, b in zip(starts, ends, strict=True))
     return Partition(model, parts, segments, ranges, images.shape, output_shape)
@@ -144,6 +140,16 @@ def example_images(example: Any, like: Tensor) -> Tensor:
     shape = tuple(example)[-3:] if len(example) >= 3 else tuple(example)
     # A generator of its own: measuring must not move the random numbers that training draws.
     return torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _whole(blocks: Any) -> int:
+    """K; also where it is a whole number of NumPy's."""
+    try:
+        if not isinstance(blocks, bool):
+            return operator.index(blocks)
+    except TypeError:
+        pass
+    raise TypeError(f"blocks has to be a number or a sequence of boundaries, and is {blocks!r}")
 
 
 def _ends(boundaries: Boundaries, names: list[str]) -> list[int]:
