@@ -165,13 +165,38 @@ class TestCommand:
         assert main(["compare", "--config", str(path), "--out", str(out), "--time", "2"]) == 0
         times = json.loads((out / "step_times.json").read_text())
         assert times["rounds"] == 2
-        assert list(times["seconds"]) == list(VARIANTS)
+        assert list(times["variants"]) == list(VARIANTS)
         before, after = (json.loads((folder / "comparison.json").read_text()) for folder in (done[1], out))
         for old, new in zip(before["variants"], after["variants"], strict=True):
-            assert new["seconds_per_step"] == times["seconds"][new["name"]] != old["seconds_per_step"]
+            assert new["seconds_per_step"] == times["variants"][new["name"]]["seconds"] != old["seconds_per_step"]
             assert new["runs"] == old["runs"]
         assert "the median over epochs and seeds" in (done[1] / "comparison.md").read_text()
         assert "the median of 2 that all variants took in turns" in (out / "comparison.md").read_text()
+
+    def test_steps_timed_otherwise_are_left_out_of_the_table(self, done: tuple[Path, Path], tmp_path: Path) -> None:
+        path, out = done[0], tmp_path / "copy"
+        words = ["compare", "--config", str(path), "--out", str(out)]
+        assert main([*words, "--time", "1", "--batch-size", "16", "--only", "e2e", "--only", "man++/dgl"]) == 0
+        times = json.loads((out / "step_times.json").read_text())
+        assert list(times["variants"]) == ["e2e", "man++/dgl"]
+        assert times["variants"]["e2e"]["settings"]["batch-size"] == 16
+        # As if one of them had been timed with the runs' own settings, and then on another device.
+        shutil.copytree(done[1], out, dirs_exist_ok=True)
+        times["variants"]["man++/dgl"]["settings"]["batch-size"] = 32
+        (out / "step_times.json").write_text(json.dumps(times))
+        assert main([*words, "--table"]) == 0
+        before, after = (json.loads((folder / "comparison.json").read_text()) for folder in (done[1], out))
+        old, new = ([v["seconds_per_step"] for v in results["variants"]] for results in (before, after))
+        assert new == [*old[:2], times["variants"]["man++/dgl"]["seconds"]]
+        text = (out / "comparison.md").read_text()
+        assert "the median of 1 taken in turns; of e2e, dgl | narrow the median over epochs and seeds" in text
+        assert "(left out: e2e, timed with batch-size 16, and now it is 32)" in text
+        times["variants"]["man++/dgl"]["machine"]["threads"] = 99
+        (out / "step_times.json").write_text(json.dumps(times))
+        assert main([*words, "--table"]) == 0
+        text = (out / "comparison.md").read_text()
+        assert "Step time: the median over epochs and seeds (left out: " in text
+        assert "man++/dgl, timed with threads 99, and its runs had" in text
 
     def test_a_file_of_many_epochs_is_tried_with_one(self, tmp_path: Path) -> None:
         path = config(tmp_path, common={**COMMON, "schedule": "step"}, variants={"e2e": {"rule": "e2e"}}, seeds=[0])

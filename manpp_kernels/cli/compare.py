@@ -60,14 +60,14 @@ def add_parser(subparsers: Any) -> None:
         default=argparse.SUPPRESS,
         help="folder of the comparison; what is done there is not done again [runs/ and the name of the file]",
     )
-    parser.add_argument("--only", action="append", metavar="NAME", help="train this variant only; repeatable")
+    parser.add_argument("--only", action="append", metavar="NAME", help="train (or time) this variant only; repeatable")
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="stop after so long; run again to continue")
     parser.add_argument("--table", action="store_true", help="train nothing: the table of what is there")
     parser.add_argument(
         "--time",
         type=int,
         metavar="ROUNDS",
-        help="train nothing: time so many steps of all variants in turns, for the table",
+        help="train nothing: time so many steps of every variant, in turns, for the table",
     )
     group = parser.add_argument_group("instead of what the file says, for every variant")
     for spec in (*options_of(DataConfig), *options_of(RunConfig)):
@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
         write(collect(comparison, folder), folder)
 
     if args.time is not None:
-        comparison_times.measure(comparison, folder, args.time)
+        chosen = {variant.name: variant for variant, _, _ in runs}
+        comparison_times.measure(list(chosen.values()), folder, args.time)
     elif not args.table:
         deadline = None if args.time_limit is None else monotonic() + 60 * args.time_limit
         try:
@@ -183,15 +184,19 @@ def _check_saved(settings: Settings, folder: Path) -> None:
     path = folder / CONFIG_NAME
     if not path.is_file():
         return
-    saved, wanted = Settings.of(from_file(path)).content(), settings.content()
+    differs = difference(Settings.of(from_file(path)).content(), settings.content())
+    if differs is not None:
+        raise UserError(f"{folder} holds a run with {differs}: choose another --out, or remove that folder")
+
+
+def difference(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """How the contents of two settings differ, in words; None where what a table has of their runs is alike."""
     # Captured steps compute the same, but not in the same time and memory, which the table has too.
     free = {key(name) for name in FREE_ON_RESUME - {"cuda_graphs", "streams"}}
     for name in (*wanted, *saved):
         if name not in free and saved.get(name) != wanted.get(name):
-            raise UserError(
-                f"{folder} holds a run with {name} {saved.get(name, 'by default')}, and now it is "
-                f"{wanted.get(name, 'by default')}: choose another --out, or remove that folder"
-            )
+            return f"{name} {saved.get(name, 'by default')}, and now it is {wanted.get(name, 'by default')}"
+    return None
 
 
 def _chosen(comparison: Comparison, only: Iterable[str]) -> list[tuple[Variant, int, Settings]]:

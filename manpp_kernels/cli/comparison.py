@@ -33,8 +33,10 @@ def collect(comparison: Comparison, folder: Path) -> dict[str, Any]:
     variants = []
     summaries = []
     times = comparison_times.read(folder)
+    # Of the variants whose steps, as they were timed, do not tell what the table is of: why not.
+    not_timed: dict[str, str | None] = {}
     for variant in comparison.variants:
-        runs = []
+        runs, environments = [], []
         settings = next(iter(variant.runs.values()))
         for seed in variant.runs:
             path = run_folder(folder, variant, seed)
@@ -42,11 +44,17 @@ def collect(comparison: Comparison, folder: Path) -> dict[str, Any]:
                 continue
             summary = json.loads((path / SUMMARY_NAME).read_text(encoding="utf-8"))
             summaries.append(summary)
+            environments.append(summary["environment"])
             runs.append(_run(seed, summary, path))
         row: dict[str, Any] = {"name": variant.name, "rule": settings.trainer.rule, "options": variant.options}
         row |= {"seeds": list(variant.runs), **_over_seeds(runs), "runs": runs}
-        if runs and times is not None and variant.name in times["seconds"]:
-            row["seconds_per_step"] = times["seconds"][variant.name]
+        if runs and times is not None:
+            timed = times["variants"].get(variant.name)
+            differs = None if timed is None else comparison_times.unlike(timed, settings, environments)
+            if timed is None or differs is not None:
+                not_timed[variant.name] = differs
+            else:
+                row["seconds_per_step"] = timed["seconds"]
         variants.append(row)
     recipes = [_recipe(settings) for _, _, settings in comparison.runs()]
     return {
@@ -57,6 +65,7 @@ def collect(comparison: Comparison, folder: Path) -> dict[str, Any]:
         "runs_done": len(summaries),
         "runs_wanted": len(recipes),
         "steps_timed_in_turns": None if times is None else times["rounds"],
+        "not_timed_in_turns": not_timed,
         "variants": variants,
     }
 
@@ -212,13 +221,26 @@ def _conditions(results: dict[str, Any]) -> str:
 
 def _legend(results: dict[str, Any]) -> str:
     kinds = {run["memory"] for variant in results["variants"] for run in variant["runs"]}
-    rounds = results.get("steps_timed_in_turns")
-    timed = f"the median of {rounds} that all variants took in turns" if rounds else "the median over epochs and seeds"
+    timed = _step_times(results)
     return (
         "Accuracy after the last epoch: mean over the seeds ± standard deviation of a sample. Memory: "
         f"{', '.join(sorted(kinds))}; in brackets the share of end to end. Step time: {timed}. "
         "Auxiliary: parameters that are trained beside the network; EMA: those that are averaged."
     )
+
+
+def _step_times(results: dict[str, Any]) -> str:
+    """What the step times are medians of, and which times are left out."""
+    rounds, others = results.get("steps_timed_in_turns"), results.get("not_timed_in_turns") or {}
+    done = [variant["name"] for variant in results["variants"] if variant["runs"]]
+    if not rounds or others.keys() >= set(done):
+        text = "the median over epochs and seeds"
+    elif others:
+        text = f"the median of {rounds} taken in turns; of {', '.join(others)} the median over epochs and seeds"
+    else:
+        text = f"the median of {rounds} that all variants took in turns"
+    left_out = [f"{name}, timed with {differs}" for name, differs in others.items() if differs is not None]
+    return text + (f" (left out: {'; '.join(left_out)})" if left_out else "")
 
 
 def _shown(value: Any) -> str:

@@ -9,30 +9,33 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from manpp_kernels.checkpoint import atomic_path
 from manpp_kernels.local.graphs import StepGraph
 
 if TYPE_CHECKING:
-    from manpp_kernels.cli.compare import Comparison
+    from manpp_kernels.cli.compare import Variant
+    from manpp_kernels.cli.settings import Settings
 
 TIMES_NAME = "step_times.json"
 UNCOUNTED = StepGraph.WARM_UP + 1  # what is set up in the first steps, a graph of one of them included
 
 
-def measure(comparison: Comparison, folder: Path, rounds: int) -> None:
+def measure(variants: Sequence[Variant], folder: Path, rounds: int) -> None:
     """Time ``rounds`` steps of every variant, after some that are not counted, and write them to ``folder``.
 
     Raises:
         UserError: a variant cannot be trained.
     """
+    from manpp_kernels.cli.ranks import device_named
+    from manpp_kernels.cli.summary import environment
     from manpp_kernels.cli.training import prepared_step
 
-    steps = {v.name: prepared_step(next(iter(v.runs.values()))) for v in comparison.variants}
+    settings = {v.name: next(iter(v.runs.values())) for v in variants}
+    steps = {name: prepared_step(s) for name, s in settings.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(-UNCOUNTED, rounds):
         for name, step in steps.items():
@@ -40,10 +43,16 @@ def measure(comparison: Comparison, folder: Path, rounds: int) -> None:
             step()
             if number >= 0:
                 times[name].append(time.perf_counter() - begin)
-    found: dict[str, Any] = {
+    found = {
         "rounds": rounds,
-        "threads": torch.get_num_threads(),
-        "seconds": {name: float(f"{statistics.median(values):.6g}") for name, values in times.items()},
+        "variants": {
+            name: {
+                "seconds": float(f"{statistics.median(values):.6g}"),
+                "machine": _machine(environment(device_named(settings[name].run.device))),
+                "settings": _content(settings[name]),
+            }
+            for name, values in times.items()
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / TIMES_NAME) as path:
@@ -53,4 +62,25 @@ def measure(comparison: Comparison, folder: Path, rounds: int) -> None:
 def read(folder: Path) -> dict[str, Any] | None:
     """What :func:`measure` wrote; None where it has not been asked to."""
     path = folder / TIMES_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if "variants" in found else None  # times without their settings, of before, say nothing
+
+
+def unlike(timed: Mapping[str, Any], settings: Settings, environments: Iterable[Mapping[str, Any]]) -> str | None:
+    """How the steps that a variant was ``timed`` by differ from those of its runs, in words; None if they do not."""
+    from manpp_kernels.cli.compare import difference
+
+    for environment in environments:
+        for name, value in _machine(environment).items():
+            if timed["machine"].get(name) != value:
+                return f"{name} {timed['machine'].get(name, 'none')}, and its runs had {value}"
+    return difference(timed["settings"], _content(settings))
+
+
+def _content(settings: Settings) -> dict[str, Any]:
+    """The seed says which of a variant's runs was timed, and they all take the same time."""
+    return {name: value for name, value in settings.content().items() if name != "seed"}
+
+
+def _machine(environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: environment[name] for name in ("device", "gpu" if "gpu" in environment else "cpu", "threads")}
