@@ -264,8 +264,15 @@ def export_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: safetensors is not installed.
+        CheckpointError: the state holds more than tensors. Nothing was written.
     """
     library = _safetensors()
+    others = [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f"{path} is not written: {others[0]!r} of {type(model).__name__} is no tensor, and safetensors files hold "
+            "nothing else; use torch.save(trainer.export_state_dict(), path)"
+        )
     # Each tensor on its own memory: the format takes no views into a common storage.
     tensors = {key: t.detach().cpu().contiguous().clone() for key, t in model.state_dict().items()}
     with atomic_path(path) as temporary:

@@ -10,6 +10,7 @@ Used as::
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import threading
 import time
@@ -434,6 +435,9 @@ class LocalTrainer(Resumable):
         """Parameters, EMAs and buffers: in memory whether or not there is a graph."""
         return self.network.persistent_tensors()
 
-    def export_state_dict(self) -> dict[str, Tensor]:
+    def export_state_dict(self) -> dict[str, Any]:
         """The user's model's own ``state_dict``: the same keys, nothing auxiliary; copies on the CPU."""
-        return {key: value.detach().to("cpu", copy=True) for key, value in self.model.state_dict().items()}
+        return {
+            key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+            for key, value in self.model.state_dict().items()  # where a module has extra state, of any type
+        }
