@@ -142,7 +142,7 @@ def _differentiable_backward(
 
 
 def attach_effective_weights(
-    out: list[Tensor], scale: Tensor, bias: list[Tensor], ema: list[Tensor], groups: list[int], total: float
+    out: list[Tensor], scale: Tensor, bias: list[Tensor], ema: Sequence[Tensor], groups: list[int], total: float
 ) -> list[Tensor]:
     """``out``, holding scale bias + (total - scale) ema already, as differentiable functions of scale and bias."""
     if not torch.is_grad_enabled() or not (scale.requires_grad or any(b.requires_grad for b in bias)):
