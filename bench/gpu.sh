@@ -83,7 +83,8 @@ sanitizer() {
 prewarm() { "$PYTHON" bench/prewarm.py "$@"; }
 prewarm_training() {
   "$PYTHON" bench/training.py --network resnet32 --rounds 1 --variant "e2e, compiled, CUDA graph" \
-    --variant "dgl, narrow head, 4 blocks, compiled, CUDA graph"
+    --variant "dgl, narrow head, 4 blocks, compiled, CUDA graph" --variant "dgl, narrow head, compiled, CUDA graph" \
+    --variant "MAN++ parameter form, unlocked, compiled, CUDA graph"
 }
 
 micro() { "$PYTHON" -m manpp_kernels.cli bench "$1" --json "$OUT/$1.json" ${MANPP_BENCH_QUICK:+--quick}; }
@@ -138,7 +139,7 @@ if wants tests || wants sanitizer; then # while nothing is timed
     part 120 prewarm-ema-large prewarm bench_ema_scale_update "4 x 25 M" &
     part 120 prewarm-ema-small prewarm bench_ema_scale_update "96 x 4,800" &
   fi
-  wants training && [ "$DEVICE" = cuda ] && part 150 prewarm-training prewarm_training &
+  wants training && [ "$DEVICE" = cuda ] && part 200 prewarm-training prewarm_training &
 fi
 wants tests && part 240 tests tests # in the foreground, as a shell's background jobs do not hear an interrupt
 wait
@@ -150,7 +151,7 @@ tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 wants host && part 40 host host
 wants variants && [ "$DEVICE" = cuda ] && part 60 variants variants
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
-wants training && part 110 training training
+wants training && part 140 training training
 wants fashion && part 180 fashion fashion
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 

@@ -80,6 +80,20 @@ if not GPU:
         "MAN++, plain PyTorch, channels_last": _plain(torch.channels_last),
         "MAN++ parameter form, channels_last": _man_pp("parameter", channels_last=True),
     }
+    # Compiled, which takes minutes: not for a look.
+    VARIANTS |= (
+        {}
+        if QUICK
+        else {
+            "e2e, channels_last, compiled": _ours(rule="e2e", channels_last=True, compile="inductor"),
+            "dgl, narrow head, 4 blocks, channels_last, compiled": _ours(
+                rule="dgl", channels_last=True, compile="inductor", **FOUR
+            ),
+            "MAN++ parameter form, unlocked, channels_last, compiled": _man_pp(
+                "parameter", order="unlocked", channels_last=True, compile="inductor"
+            ),
+        }
+    )
 # What a GPU runs as one graph, and over how many streams.
 CAPTURED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     E2E: ((1,), {"rule": "e2e"}),
@@ -88,10 +102,15 @@ CAPTURED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "dgl, narrow head": ((1, 2, 3, 4, 8), {"rule": "dgl", "rule_options": NARROW}),
     "dgl, narrow head, 4 blocks": ((1, 2, 4), {"rule": "dgl", **FOUR}),
     "dgl, narrow head, 4 blocks, compiled": ((1, 2, 4), {"rule": "dgl", "compile": "inductor", **FOUR}),
+    "dgl, narrow head, compiled": ((1, 3), {"rule": "dgl", "compile": "inductor", "rule_options": NARROW}),
     "MAN++ activation form": ((1, 4), {"rule": "man++", "rule_options": {"form": "activation"}}),
     "MAN++ parameter form, unlocked": (
         (1, 2, 4),
         {"rule": "man++", "rule_options": {"form": "parameter"}, "order": "unlocked"},
+    ),
+    "MAN++ parameter form, unlocked, compiled": (
+        (1, 4),
+        {"rule": "man++", "rule_options": {"form": "parameter"}, "order": "unlocked", "compile": "inductor"},
     ),
 }
 if GPU:

@@ -103,8 +103,7 @@ def ema_multi_avg_fn(
         raise TypeError(f"decay has to be a float, and is {type(decay).__name__}")
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay has to lie in [0, 1], and is {decay}")
-    if rounding not in _checks.ROUNDINGS:
-        raise ValueError(f"rounding has to be one of {', '.join(_checks.ROUNDINGS)}, and is {rounding!r}")
+    _checks.check_rounding(rounding)
     return functools.partial(_average, decay=float(decay), rounding=rounding)
 
 
@@ -236,8 +235,8 @@ class ModelEma(nn.Module):
         rounding: Rounding | None = None,
     ) -> None:
         super().__init__()
-        if rounding is not None and rounding not in _checks.ROUNDINGS:
-            raise ValueError(f"rounding has to be one of {', '.join(_checks.ROUNDINGS)}, or None, and is {rounding!r}")
+        if rounding is not None:
+            _checks.check_rounding(rounding)
         self.module = copy.deepcopy(model)
         self.module.eval()
         self.decay = decay

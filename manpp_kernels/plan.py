@@ -60,9 +60,9 @@ class _CompiledLaunch:
         return _CompiledLaunch(lists, address) if address else None
 
     def run(self, momentum: float | Tensor, scale: Tensor | None, seed: Tensor | None) -> bool:
-        tensor = momentum if isinstance(momentum, Tensor) else None
+        value, tensor = _checks.split_momentum(momentum)
         return self._plan.update_with(
-            0.0 if isinstance(momentum, Tensor) else float(momentum),
+            value,
             0 if tensor is None else tensor.data_ptr(),
             0 if tensor is None else _checks.DTYPE_NUMBERS[tensor.dtype],
             0 if scale is None else scale.data_ptr(),
@@ -104,8 +104,7 @@ class _TritonLaunch:
         elif capturing and self._table is not None:
             for t in (self._table.buffer, *self._table.keep):
                 backends.keep_for_graphs(t)
-        tensor = momentum if isinstance(momentum, Tensor) else None
-        value = 0.0 if isinstance(momentum, Tensor) else float(momentum)
+        value, tensor = _checks.split_momentum(momentum)
         launch(self._table, value, tensor, scale, lists.total, seed)
         return True
 
@@ -125,8 +124,7 @@ class _OperatorLaunch:
                 lists.ema[0].device,
                 [e.detach() for e in lists.ema],
                 [p.detach() for p in lists.params],
-                0.0 if isinstance(momentum, Tensor) else float(momentum),
-                momentum.detach() if isinstance(momentum, Tensor) else None,
+                *_checks.split_momentum(momentum),
                 scale,
                 [b.detach() for b in lists.bias],
                 lists.groups,

@@ -64,7 +64,8 @@ def test_machine_code(facts: dict[tuple[str, str], aot.Facts], variant: str, tar
     # A kernel for every mix of dtypes may keep scalars of its branches in registers' stead on AMD; no other may.
     if target != "gfx942" or "all dtypes" not in variant:
         assert found.spilled == 0
-    assert found.registers <= 255
+    if target != "gfx942":  # 128: half of a multiprocessor's threads at once, which streaming needs
+        assert found.registers <= (240 if "all dtypes" in variant else 128)
     assert found.shared <= 48 * 1024
     if VARIANTS[variant].wide:
         assert found.widest_load == 128

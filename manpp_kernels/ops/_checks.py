@@ -80,6 +80,16 @@ def check_momentum(momentum: float | Tensor, device: torch.device) -> None:
         raise ValueError(f"momentum has to lie in [0, 1], and is {momentum}")
 
 
+def check_rounding(rounding: str) -> None:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding has to be one of {', '.join(ROUNDINGS)}, and is {rounding!r}")
+
+
+def split_momentum(momentum: float | Tensor) -> tuple[float, Tensor | None]:
+    """As the operators take it: a number, which counts where there is no tensor."""
+    return (0.0, momentum.detach()) if isinstance(momentum, Tensor) else (float(momentum), None)
+
+
 def check_scale(
     scale: Tensor | None, bias: Sequence[Tensor] | None, groups: Sequence[int] | None, total: float, count: int
 ) -> None:

@@ -335,8 +335,7 @@ def check_arguments(
     if bias is not None:
         _checks.check_tensors("bias", bias, ema)
     _checks.check_scale(scale, bias, groups, total, len(ema))
-    if rounding not in _checks.ROUNDINGS:
-        raise ValueError(f"rounding has to be one of {', '.join(_checks.ROUNDINGS)}, and is {rounding!r}")
+    _checks.check_rounding(rounding)
     compiling = torch.compiler.is_compiling()
     if not compiling and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (*ema, *params))):
         raise RuntimeError("a transform of torch.func sees no write in place; update the EMA outside of it")
@@ -393,13 +392,11 @@ def _update_on(
     def pick(values: Any) -> list[Any]:
         return [] if values is None else list(values) if chosen is None else [values[i] for i in chosen]
 
-    as_tensor = isinstance(momentum, Tensor)
     _update(
         device,
         [e.detach() for e in pick(ema)],
         [p.detach() for p in pick(params)],
-        0.0 if as_tensor else float(momentum),
-        momentum.detach() if isinstance(momentum, Tensor) else None,
+        *_checks.split_momentum(momentum),
         None if scale is None else scale.detach().contiguous(),
         [b.detach() for b in pick(bias)],
         pick(groups),
