@@ -25,11 +25,6 @@ from torch import Tensor, nn
 
 _FORMAT = "manpp_kernels checkpoint"
 _VERSION = 2
-# What a trainer's checkpoint has, beside the tensors of its networks.
-_PARTS = (
-    *("kind", "model", "auxiliary", "optimizers", "schedulers", "scaler"),
-    *("progress", "totals", "history", "epoch_start", "rng"),
-)
 
 
 class CheckpointError(ValueError):
@@ -134,15 +129,6 @@ def _damage(path: str | os.PathLike[str], error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def check_kind(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a checkpoint is of another kind of training: rule, options, blocks, order."""
-    for what, value in expected.items():
-        if found.get(what) != value:
-            raise CheckpointError(
-                f"the checkpoint is of another training: its {what} is {found.get(what)!r}, here it is {value!r}"
-            )
-
-
 def check_tensors(what: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError where a state has other keys or shapes than it has to have."""
     missing = [key for key in expected if key not in found]
@@ -157,51 +143,6 @@ def check_tensors(what: str, found: Mapping[str, Any], expected: Mapping[str, Te
                 f"the checkpoint is of another network: {key!r} of its part {what!r} has the shape {shape}, here it is "
                 f"{tuple(value.shape)}"
             )
-
-
-def check_optimizers(found: Sequence[Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raise CheckpointError where optimizer states do not fit the optimizers."""
-    if len(found) != len(optimizers):
-        raise CheckpointError(f"the checkpoint has {len(found)} optimizers, here there are {len(optimizers)}")
-    for state, optimizer in zip(found, optimizers, strict=True):
-        ours = optimizer.state_dict()["param_groups"]
-        theirs = state["param_groups"]
-        if [len(g["params"]) for g in theirs] != [len(g["params"]) for g in ours] or any(
-            set(a) != set(b) for a, b in zip(theirs, ours, strict=True)
-        ):
-            raise CheckpointError(
-                f"the checkpoint's optimizer is no {type(optimizer).__name__} over these parameters; use the optimizer "
-                "it was written with"
-            )
-
-
-def check_schedulers(found: Sequence[Any], schedulers: Sequence[Any]) -> None:
-    """Raise CheckpointError where scheduler states do not fit the schedulers."""
-    if len(found) != len(schedulers):
-        raise CheckpointError(f"the checkpoint has {len(found)} schedulers, here there are {len(schedulers)}")
-    for state, scheduler in zip(found, schedulers, strict=True):
-        if set(state) != set(scheduler.state_dict()):
-            raise CheckpointError(
-                f"the checkpoint's scheduler is no {type(scheduler).__name__}; use the scheduler it was written with"
-            )
-
-
-def check_fits(
-    state: Mapping[str, Any],
-    kind: Mapping[str, Any],
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    schedulers: Sequence[Any],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> None:
-    """Raise CheckpointError where a checkpoint is not of the training that ``kind`` and the rest describe."""
-    for part in _PARTS:
-        if part not in state:
-            raise CheckpointError(f"the checkpoint is not complete: its part {part!r} is missing")
-    check_kind(state["kind"], kind)
-    for what, expected in tensors.items():
-        check_tensors(what, state[what], expected)
-    check_schedulers(state["schedulers"], schedulers)
-    check_optimizers(state["optimizers"], optimizers)
 
 
 def loader_generators(loader: Any) -> list[torch.Generator]:

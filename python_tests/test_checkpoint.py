@@ -332,10 +332,10 @@ def test_checkpoints_of_another_training(tmp_path: Path) -> None:
     refused(other(network(4, 6, 9)), path, "another network: 'layer3.0.conv1.weight' of its part 'model' has the shape")
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3)
-    refused(other(network(), optimizer=sgd, scheduler=cosine), path, "optimizer is no SGD")
+    refused(other(network(), optimizer=sgd, scheduler=cosine), path, "optimizer is Adam, here it is SGD")
     refused(other(network()), path, "has 1 schedulers, here there are 0")
     step = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1)
-    refused(other(network(), scheduler=step), path, "scheduler is no StepLR")
+    refused(other(network(), scheduler=step), path, "scheduler is CosineAnnealingLR, here it is StepLR")
 
 
 def test_a_loader_with_other_generators(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from manpp_kernels import checkpoint
+from manpp_kernels.local.agreement import check_fits, classes
 from manpp_kernels.local.config import TrainerConfig
 from manpp_kernels.local.epoch import EpochTotals
 from manpp_kernels.local.network import LocalNetwork
@@ -44,6 +45,7 @@ class Resumable:
             **self._tensors(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "schedulers": [s.state_dict() for s in self.schedulers],
+            "classes": classes(self.optimizers, self.schedulers),
             "scaler": self._scaler.state_dict(),
             "progress": {"epoch": self.epoch, "position": self.position},
             # Each rank's own: the sums of the epoch so far, and random numbers.
@@ -66,7 +68,7 @@ class Resumable:
             CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
         """
         state = checkpoint.read(Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else path)
-        checkpoint.check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
+        check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
         totals, start, rng = (state[part][self._ranks.rank] for part in ("totals", "epoch_start", "rng"))
         self.model.load_state_dict(state["model"])
         self.network.load_auxiliary_state_dict(state["auxiliary"])

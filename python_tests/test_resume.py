@@ -1,0 +1,93 @@
+"""Resuming: what may go on from a checkpoint, what is said where something differs, and what is never lost."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import loader, small_trainer
+
+from manpp_kernels.checkpoint import CheckpointError
+from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
+
+L = torch.optim.lr_scheduler
+Adam, AdamW = (functools.partial(kind, lr=0.01) for kind in (torch.optim.Adam, torch.optim.AdamW))
+
+
+class Counting(torch.optim.SGD):
+    """As timm's Lamb and Adan: a group has a key more after the first step."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+
+
+def two(optimizer: torch.optim.Optimizer) -> L.LRScheduler:
+    return L.SequentialLR(optimizer, [L.ConstantLR(optimizer, 1.0, 0), L.ExponentialLR(optimizer, 0.9)], [2])
+
+
+def three(optimizer: torch.optim.Optimizer) -> L.LRScheduler:
+    parts = [L.ConstantLR(optimizer, 1.0, 0), L.ExponentialLR(optimizer, 0.9), L.ExponentialLR(optimizer, 0.5)]
+    return L.SequentialLR(optimizer, parts, [2, 3])
+
+
+def trained(folder: Path, **options) -> LocalTrainer:
+    """A trainer after an epoch, whose checkpoint is in the folder."""
+    trainer = small_trainer(rule="dgl", **options)
+    trainer.fit(loader(), 1, checkpoint_dir=folder)
+    return trainer
+
+
+def without(path: Path, *parts: str) -> None:
+    """Make a checkpoint one of the first, which lacked some parts."""
+    state = torch.load(path)
+    torch.save({key: value for key, value in state.items() if key not in parts}, path)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["with names", "of the first"])
+def test_optimizers_that_add_to_their_groups(tmp_path: Path, first: bool) -> None:
+    make = functools.partial(Counting, lr=0.1)
+    trained(tmp_path, optimizer=make)
+    if first:
+        without(tmp_path / CHECKPOINT_NAME, "classes")
+    resumed = small_trainer(rule="dgl", optimizer=make)
+    resumed.fit(loader(), 2, checkpoint_dir=tmp_path, resume=True)
+    assert resumed.optimizers[0].param_groups[0]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({"optimizer": AdamW}, {"optimizer": Adam}, "optimizer is AdamW, here it is Adam; use the optimizer"),
+        (
+            {"scheduler": lambda o: L.LambdaLR(o, lambda epoch: 0.5)},
+            {"scheduler": lambda o: L.MultiplicativeLR(o, lambda epoch: 0.5)},
+            "scheduler is LambdaLR, here it is MultiplicativeLR; use the scheduler",
+        ),
+        ({"scheduler": two}, {"scheduler": three}, "SequentialLR of ConstantLR, ExponentialLR, here it is"),
+        ({"scheduler": three}, {"scheduler": two}, "here it is SequentialLR of ConstantLR, ExponentialLR; use"),
+        (
+            {"optimizer": lambda p: torch.optim.SGD([{"params": p[:1]}, {"params": p[1:]}], lr=0.1)},
+            {},
+            "optimizer is no SGD over these parameters in these groups",
+        ),
+    ],
+)
+def test_optimizers_and_schedulers_of_another_class(tmp_path: Path, before: dict, after: dict, message: str) -> None:
+    trained(tmp_path, **before)
+    with pytest.raises(CheckpointError, match=message):
+        small_trainer(rule="dgl", **after).load(tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(two, three), (three, two)])
+def test_the_first_checkpoints_are_told_by_their_keys(tmp_path: Path, before, after) -> None:
+    trained(tmp_path, scheduler=before)
+    without(tmp_path / CHECKPOINT_NAME, "classes")
+    small_trainer(rule="dgl", scheduler=before).load(tmp_path)
+    with pytest.raises(CheckpointError, match="scheduler is no SequentialLR of ConstantLR, ExponentialLR"):
+        small_trainer(rule="dgl", scheduler=after).load(tmp_path)
+    with pytest.raises(CheckpointError, match="optimizer is no Adam over these"):
+        small_trainer(rule="dgl", scheduler=before, optimizer=Adam).load(tmp_path)
