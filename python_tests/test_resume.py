@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_trainer import loader, small_trainer
+from torch.utils._pytree import tree_leaves
 
+from manpp_kernels import checkpoint
 from manpp_kernels.checkpoint import CheckpointError
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
 
@@ -91,3 +93,51 @@ def test_the_first_checkpoints_are_told_by_their_keys(tmp_path: Path, before, af
         small_trainer(rule="dgl", scheduler=after).load(tmp_path)
     with pytest.raises(CheckpointError, match="optimizer is no Adam over these"):
         small_trainer(rule="dgl", scheduler=before, optimizer=Adam).load(tmp_path)
+
+
+def fail_once(monkeypatch, owner: object, name: str) -> None:
+    """The method does what it does, and fails in the end the first time."""
+    method, calls = getattr(owner, name), []
+
+    def call(*args):
+        method(*args)
+        calls.append(args)
+        if len(calls) == 1:
+            raise IndexError("list index out of range")
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def everything(trainer: LocalTrainer) -> list:
+    """All that a step depends on, in a form to be compared."""
+    steppers = [s.state_dict() for s in (*trainer.optimizers, *trainer.schedulers)]
+    progress = [trainer.epoch, trainer.position, trainer.history, checkpoint.rng_state()]
+    leaves = tree_leaves([trainer.persistent_tensors(), steppers, progress])
+    return [leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+
+@pytest.mark.parametrize("part", ["optimizers", "schedulers", "auxiliary", "totals", "rng", "progress"])
+def test_a_load_that_fails_changes_nothing(tmp_path: Path, monkeypatch, part: str) -> None:
+    """Wherever it fails: at an optimizer or scheduler, in the networks, at numbers that are not there."""
+    options = {"order": "unlocked", "blocks": 2, "scheduler": two, "optimizer": Adam}
+    trained(tmp_path, **options)
+    trainer = small_trainer(rule="dgl", **options)
+    trainer.fit(loader(), 1)
+    path = tmp_path / CHECKPOINT_NAME
+    state = torch.load(path)
+    if part == "auxiliary":
+        fail_once(monkeypatch, trainer.network, "load_auxiliary_state_dict")
+    elif part == "optimizers":
+        fail_once(monkeypatch, trainer.optimizers[-1], "load_state_dict")
+    elif part == "schedulers":  # of the class: an attribute of a scheduler is a part of its state
+        fail_once(monkeypatch, L.SequentialLR, "load_state_dict")
+    elif part == "progress":
+        del state["progress"]["position"]
+    else:
+        state[part] = []
+    torch.save(state, path)
+    before = everything(trainer)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is of another training, as a part of it does not load"):
+        trainer.load(path)
+    assert everything(trainer) == before
+    trainer.fit(loader(), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from manpp_kernels import checkpoint
+from manpp_kernels.checkpoint import CheckpointError
 from manpp_kernels.local.agreement import check_fits, classes
 from manpp_kernels.local.config import TrainerConfig
 from manpp_kernels.local.epoch import EpochTotals
@@ -17,6 +19,8 @@ from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.replicas import Alone, Replicas
 
 CHECKPOINT_NAME = "checkpoint.pt"
+# What every rank has its own of.
+_OF_A_RANK = ("totals", "epoch_start", "rng")
 
 
 class Resumable:
@@ -40,20 +44,10 @@ class Resumable:
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint atomically: all that the next step depends on, by rank 0 for all ranks."""
-        state = {
-            "kind": self._kind(),
-            **self._tensors(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "schedulers": [s.state_dict() for s in self.schedulers],
-            "classes": classes(self.optimizers, self.schedulers),
-            "scaler": self._scaler.state_dict(),
-            "progress": {"epoch": self.epoch, "position": self.position},
-            # Each rank's own: the sums of the epoch so far, and random numbers.
-            "totals": self._ranks.gather(self._totals.numbers()),
-            "history": self.history,
-            "epoch_start": self._ranks.gather(self._epoch_start),
-            "rng": self._ranks.gather(self._rng_state()),
-        }
+        state = self._state()
+        # Each rank's own: the sums of the epoch so far, and random numbers.
+        state.update({part: self._ranks.gather(state[part]) for part in _OF_A_RANK})
+        state.update(kind=self._kind(), classes=classes(self.optimizers, self.schedulers))
         self._ranks.first(lambda: checkpoint.write(path, state))
         self._own_checkpoint = True
 
@@ -67,24 +61,62 @@ class Resumable:
             FileNotFoundError: there is none.
             CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
         """
-        state = checkpoint.read(Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else path)
+        file = Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
+        state = checkpoint.read(file)
         check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
-        totals, start, rng = (state[part][self._ranks.rank] for part in ("totals", "epoch_start", "rng"))
-        self.model.load_state_dict(state["model"])
-        self.network.load_auxiliary_state_dict(state["auxiliary"])
+        before = self._kept()
+        try:
+            state.update({part: state[part][self._ranks.rank] for part in _OF_A_RANK})
+            self._set_state(state)
+        except BaseException as error:
+            self._set_state(before)
+            if not isinstance(error, Exception):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(
+                f"{file} is of another training, as a part of it does not load here ({type(error).__name__}: {reason})"
+                "; use the model, optimizer and scheduler that it was written with"
+            ) from error
+        # The loader's own generators follow in fit, which has the loader.
+        self._loaded_rng = state["rng"]
+        self._own_checkpoint = True
+
+    def _state(self) -> dict[str, Any]:
+        """What changes in the course of a training; the tensors are the trainer's own."""
+        return {
+            **self._tensors(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "schedulers": [s.state_dict() for s in self.schedulers],
+            "scaler": self._scaler.state_dict(),
+            "progress": {"epoch": self.epoch, "position": self.position},
+            "totals": self._totals.numbers(),
+            "history": self.history,
+            "epoch_start": self._epoch_start,
+            "rng": self._rng_state(),
+        }
+
+    def _kept(self) -> dict[str, Any]:
+        """A state to go back to, whatever loading another does; of the networks, which it writes into, a copy."""
+        state = self._state()
+        for part in self._tensors():
+            state[part] = {key: _copy(value) for key, value in state[part].items()}
+        # Loading replaces an optimizer's tensors, and a scheduler's numbers may be lists.
+        state["schedulers"] = copy.deepcopy(state["schedulers"])
+        return state
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        """Go to a state of :meth:`_state`."""
+        totals = EpochTotals(**state["totals"])
         steppers: list[Any] = [*self.optimizers, *self.schedulers]
-        states = [*state["optimizers"], *state["schedulers"]]
-        for stepper, loaded in zip(steppers, states, strict=True):
+        for stepper, loaded in zip(steppers, [*state["optimizers"], *state["schedulers"]], strict=True):
             stepper.load_state_dict(loaded)
         if self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
-        self._own_checkpoint = True
+        self.model.load_state_dict(state["model"])
+        self.network.load_auxiliary_state_dict(state["auxiliary"])
+        checkpoint.set_rng_state({**state["rng"], "generators": []})
         self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]
-        self._totals = EpochTotals(**totals)
-        self.history = state["history"]
-        self._epoch_start, self._loaded_rng = start, rng
-        # The loader's own generators follow in fit, which has the loader.
-        checkpoint.set_rng_state({**rng, "generators": []})
+        self._totals, self.history, self._epoch_start = totals, state["history"], state["epoch_start"]
 
     def _checkpoint_file(self, folder: str | Path | None, every: int | None, resume: bool | str | Path) -> Path | None:
         """Where ``fit`` keeps its checkpoint, if anywhere; raises where one of another training would be lost."""
@@ -114,3 +146,8 @@ class Resumable:
     def _kind(self) -> dict[str, object]:
         described = self.network.describe()
         return {**described, "order": self.config.order, "amp": self.config.amp, "ranks": self._ranks.count}
+
+
+def _copy(value: Any) -> Any:
+    """On the CPU, as memory of the device may be short."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
