@@ -147,7 +147,7 @@ class LocalTrainer(Resumable):
         self._totals = EpochTotals()
         self._epoch_start = self._loaded_rng = None
         self._generators = []
-        self._stepping, self._first_step, self._own_checkpoint = False, True, False
+        self._stepping, self._first_step, self._own = False, True, set()
 
     # One step
 

@@ -141,3 +141,33 @@ def test_a_load_that_fails_changes_nothing(tmp_path: Path, monkeypatch, part: st
         trainer.load(path)
     assert everything(trainer) == before
     trainer.fit(loader(), 2)
+
+
+def test_a_training_writes_over_its_own_checkpoints_alone(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    trained(a)
+    trained(b)
+    (a / "copy.pt").write_bytes((a / CHECKPOINT_NAME).read_bytes())
+    kept = (b / CHECKPOINT_NAME).read_bytes()
+    message = "b/checkpoint.pt is the checkpoint of another training: continue it with resume=True"
+
+    resumed = small_trainer(rule="dgl")
+    for resume in (a, str(a / CHECKPOINT_NAME)):
+        with pytest.raises(FileExistsError, match=message):
+            resumed.fit(loader(), 2, resume=resume, checkpoint_dir=b)
+        assert resumed.epoch == 0  # not even loaded
+
+    in_two = trained(tmp_path / "c")
+    saved = small_trainer(rule="dgl")
+    saved.save(tmp_path / "anywhere.pt")
+    for trainer in (in_two, saved):
+        with pytest.raises(FileExistsError, match=message):
+            trainer.fit(loader(), 2, checkpoint_dir=b)
+    assert (b / CHECKPOINT_NAME).read_bytes() == kept
+
+    # Its own, by whatever name: the one that was saved, the folder of a copy in it, and a second one, by its own path.
+    saved.save(tmp_path / "c" / ".." / "c" / CHECKPOINT_NAME)
+    saved.fit(loader(), 1, checkpoint_dir=tmp_path / "c")
+    resumed.fit(loader(), 2, resume=a / "copy.pt", checkpoint_dir=a)
+    assert len(resumed.fit(loader(), 3, checkpoint_dir=a)) == 3
+    small_trainer(rule="dgl").fit(loader(), 2, resume=a, checkpoint_dir=tmp_path / "new")

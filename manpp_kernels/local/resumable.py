@@ -40,7 +40,7 @@ class Resumable:
     _epoch_start: dict[str, Any] | None  # the generators at the start of the current epoch
     _loaded_rng: dict[str, Any] | None  # from a checkpoint, until fit has the loader's generators
     _generators: list[torch.Generator]
-    _own_checkpoint: bool  # whether a checkpoint is this training's, and may be written over
+    _own: set[Path]  # the checkpoints that are this training's, and may be written over; resolved
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint atomically: all that the next step depends on, by rank 0 for all ranks."""
@@ -49,7 +49,7 @@ class Resumable:
         state.update({part: self._ranks.gather(state[part]) for part in _OF_A_RANK})
         state.update(kind=self._kind(), classes=classes(self.optimizers, self.schedulers))
         self._ranks.first(lambda: checkpoint.write(path, state))
-        self._own_checkpoint = True
+        self._own.add(Path(path).resolve())
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.
@@ -61,7 +61,7 @@ class Resumable:
             FileNotFoundError: there is none.
             CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
         """
-        file = Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
+        file = _file_of(path)
         state = checkpoint.read(file)
         check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
         before = self._kept()
@@ -79,7 +79,7 @@ class Resumable:
             ) from error
         # The loader's own generators follow in fit, which has the loader.
         self._loaded_rng = state["rng"]
-        self._own_checkpoint = True
+        self._own |= _continued(file)
 
     def _state(self) -> dict[str, Any]:
         """What changes in the course of a training; the tensors are the trainer's own."""
@@ -125,13 +125,15 @@ class Resumable:
             raise ValueError("checkpoint_every says how often checkpoint_dir is written to; give checkpoint_dir too")
         if every is not None and every < 1:
             raise ValueError(f"checkpoint_every has to be 1 step or more, and is {every}")
-        if path is not None and path.exists() and not resume and not self._own_checkpoint:
+        if resume is True and path is None:
+            raise ValueError("resume=True continues from checkpoint_dir; give checkpoint_dir, or the path to resume")
+        source = path if resume is True else _file_of(resume) if resume else None
+        own = self._own if source is None else self._own | _continued(source)
+        if path is not None and path.exists() and path.resolve() not in own:
             raise FileExistsError(
                 f"{path} is the checkpoint of another training: continue it with resume=True, or choose another "
                 "checkpoint_dir"
             )
-        if resume is True and path is None:
-            raise ValueError("resume=True continues from checkpoint_dir; give checkpoint_dir, or the path to resume")
         return path
 
     def _rng_state(self) -> dict[str, Any]:
@@ -146,6 +148,16 @@ class Resumable:
     def _kind(self) -> dict[str, object]:
         described = self.network.describe()
         return {**described, "order": self.config.order, "amp": self.config.amp, "ranks": self._ranks.count}
+
+
+def _file_of(path: str | Path) -> Path:
+    """The checkpoint of which this is the path, or the folder."""
+    return Path(path) / CHECKPOINT_NAME if Path(path).is_dir() else Path(path)
+
+
+def _continued(file: Path) -> set[Path]:
+    """The checkpoints that belong to who continues from ``file``: of a copy in a run's folder, the run's own too."""
+    return {file.resolve(), file.resolve().with_name(CHECKPOINT_NAME)}
 
 
 def _copy(value: Any) -> Any:
