@@ -29,8 +29,8 @@ from manpp_kernels.local.config import (
     OptimizerFactory,
     SchedulerFactory,
     TrainerConfig,
-    check_optimizers,
-    check_schedulers,
+    make_optimizers,
+    make_schedulers,
 )
 from manpp_kernels.local.epoch import EpochTotals, batches_from, deferred_interrupt
 from manpp_kernels.local.graphs import StepGraph, make_step_graph
@@ -41,7 +41,7 @@ from manpp_kernels.local.parts import adapt
 from manpp_kernels.local.replicas import Alone, Replicas
 from manpp_kernels.local.resumable import CHECKPOINT_NAME, Resumable
 from manpp_kernels.local.rules import make_rule
-from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch, check_pair
+from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch, check_loss, check_pair
 from manpp_kernels.local.streams import make_lanes
 from manpp_kernels.local.targets import (
     Criterion,
@@ -79,7 +79,7 @@ class LocalTrainer(Resumable):
 
     Raises:
         ValueError: the rule, its options, the blocks or the classes cannot be; the message says what to change.
-        TypeError: there is no adapter for the model, or a scheduler's ``step`` takes arguments.
+        TypeError: there is no adapter for the model; ``optimizer`` or ``scheduler`` makes what the trainer cannot step.
     """
 
     def __init__(
@@ -127,13 +127,10 @@ class LocalTrainer(Resumable):
 
         self._unlocked = config.order == "unlocked"
         self._ema = [self.network.ema_updates()] if self._unlocked else self.network.ema_updates_by_block()
-        make = optimizer or config.sgd
         self._by_block = by_block = [block.trainable() for block in self.network]
         groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
-        self.optimizers = [make(group) for group in groups]
-        check_optimizers(self.optimizers, groups)
-        self.schedulers = [scheduler(o) for o in self.optimizers] if scheduler is not None else []
-        check_schedulers(self.schedulers, config.schedule)
+        self.optimizers = make_optimizers(config.sgd if optimizer is None else optimizer, groups)
+        self.schedulers = make_schedulers(scheduler, self.optimizers, config.schedule)
         modules = [self.network, *([criterion] if isinstance(criterion, nn.Module) else [])]
         self._graph: StepGraph | None = None
         if config.cuda_graphs:
@@ -231,6 +228,7 @@ class LocalTrainer(Resumable):
         x = self._lanes.take(j, x)
         with self._autocast():
             features, loss, logits = block(x, images, targets)
+            check_loss(loss)
         share = len(images) / sums.images
         self._scaler.scale(loss if share == 1.0 else loss * share).backward()
         sums.add(j, loss.detach(), share, logits)
@@ -424,6 +422,7 @@ class LocalTrainer(Resumable):
                 with self._autocast():
                     logits = self.model(images)
                     loss = self._criterion(logits, targets)
+                    check_loss(loss)
                 totals.add(loss, logits, targets, self._answers)
         if totals.images == 0:
             raise ValueError("the loader gave no batch to evaluate")

@@ -163,6 +163,45 @@ def test_criteria_that_are_none(criterion: object, error: type[Exception], messa
         LocalTrainer(small_model(), TrainerConfig(rule="dgl"), example=(3, 8, 8), criterion=criterion)
 
 
+@pytest.mark.parametrize("returned", ["each", "number"])
+@pytest.mark.parametrize("rule", ["dgl", "man++", "mlaan", "e2e"])
+def test_a_criterion_that_returns_no_scalar(rule: str, returned: str) -> None:
+    def criterion(logits: torch.Tensor, targets: torch.Tensor):
+        loss = nn.functional.cross_entropy(logits, targets, reduction="none")
+        return loss if returned == "each" else loss.mean().item()
+
+    trainer = LocalTrainer(small_model(), TrainerConfig(rule=rule), example=(3, 8, 8), criterion=criterion)
+    message = r"criterion has to return a scalar tensor, .*, and returned "
+    message += r"a tensor of the shape \(8,\)" if returned == "each" else "float"
+    for use in (trainer.step, lambda images: trainer.evaluate([images])):
+        with pytest.raises(ValueError, match=message):
+            use(batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(1))])},
+            "optimizer has to be a function that makes .*, and is of the class AdamW",
+        ),
+        ({"optimizer": "sgd"}, "optimizer has to be a function .*, and is of the class str"),
+        (
+            {"scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), 1)},
+            "scheduler has to be a function that makes .*, and is of the class StepLR",
+        ),
+        ({"scheduler": lambda o: None}, "scheduler has to make an object with the methods step, .*, and made NoneType"),
+        (
+            {"scheduler": lambda o: [torch.optim.lr_scheduler.StepLR(o, 1)]},
+            "scheduler has to make an object .* and made list; return one of torch.optim.lr_scheduler",
+        ),
+    ],
+)
+def test_optimizers_and_schedulers_that_are_no_factories(options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        LocalTrainer(small_model(), TrainerConfig(rule="dgl"), example=(3, 8, 8), **options)
+
+
 def test_a_number_of_blocks_that_is_no_integer() -> None:
     with pytest.raises(TypeError, match=r"blocks has to be a number or a sequence of boundaries, and is 2\.0"):
         small_trainer(blocks=2.0)

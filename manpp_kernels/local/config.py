@@ -14,6 +14,7 @@ from manpp_kernels.local.rules import choose
 
 OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+_METHODS_OF_A_SCHEDULER = ("step", "state_dict", "load_state_dict")
 AMP_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -128,7 +129,36 @@ class TrainerConfig:
         )
 
 
-def check_optimizers(
+def make_optimizers(make: OptimizerFactory, groups: Sequence[list[torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
+    """An optimizer for each list of parameters; raises where the trainer does not know how to step one."""
+    if not callable(make):
+        raise TypeError(
+            "optimizer has to be a function that makes an optimizer of a list of parameters, those of the auxiliary "
+            "networks among them, such as lambda parameters: torch.optim.SGD(parameters, lr=0.1), and is of the class "
+            f"{type(make).__name__}"
+        )
+    optimizers = [make(group) for group in groups]
+    _check_optimizers(optimizers, groups)
+    return optimizers
+
+
+def make_schedulers(
+    make: SchedulerFactory | None, optimizers: Sequence[torch.optim.Optimizer], schedule: str
+) -> list[Any]:
+    """A scheduler for each optimizer, or none; raises where the trainer does not know how to step one."""
+    if make is None:
+        return []
+    if not callable(make):
+        raise TypeError(
+            "scheduler has to be a function that makes a scheduler of an optimizer, such as lambda optimizer: "
+            f"torch.optim.lr_scheduler.StepLR(optimizer, 30), and is of the class {type(make).__name__}"
+        )
+    schedulers = [make(optimizer) for optimizer in optimizers]
+    _check_schedulers(schedulers, schedule)
+    return schedulers
+
+
+def _check_optimizers(
     optimizers: Sequence[torch.optim.Optimizer], parameters: Sequence[list[torch.nn.Parameter]]
 ) -> None:
     """Raise where the trainer does not know how to step an optimizer, or it steps others than it was given."""
@@ -160,7 +190,7 @@ def _needed(method: Callable[..., Any]) -> list[str]:
     ]
 
 
-def check_schedulers(schedulers: Sequence[Any], schedule: str) -> None:
+def _check_schedulers(schedulers: Sequence[Any], schedule: str) -> None:
     """Raise where the trainer does not know how to step a scheduler."""
     for scheduler in schedulers:
         name = type(scheduler).__name__
@@ -170,9 +200,15 @@ def check_schedulers(schedulers: Sequence[Any], schedule: str) -> None:
                     f"{name} looks at the loss of an epoch; set schedule to 'epoch', and it is {schedule!r}"
                 )
             continue
-        needed = _needed(scheduler.step)
+        missing = [m for m in _METHODS_OF_A_SCHEDULER if not callable(getattr(scheduler, m, None))]
+        needed = _needed(scheduler.step) if "step" not in missing else []
         if needed:
             raise TypeError(
                 f"the step method of the scheduler {name} needs {', '.join(needed)}, and the trainer calls it without "
                 "arguments; wrap it, or use one of torch.optim.lr_scheduler"
+            )
+        if missing:
+            raise TypeError(
+                f"scheduler has to make an object with the methods {', '.join(_METHODS_OF_A_SCHEDULER)}, and made "
+                f"{name}; return one of torch.optim.lr_scheduler (for several at once there is ChainedScheduler)"
             )

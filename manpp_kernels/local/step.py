@@ -73,3 +73,10 @@ def check_pair(batch: Batch) -> Batch:
     if len(images) != len(targets):
         raise BatchError(f"there are {len(images)} images and {len(targets)} targets")
     return images, targets
+
+
+def check_loss(loss: Tensor) -> None:
+    """Raise where a criterion gives no single number to train by, of which PyTorch only says that there is no grad."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the criterion has to return a scalar tensor, the mean over the batch, and returned {what}")
