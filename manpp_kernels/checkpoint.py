@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import secrets
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raise an OSError that says so where no file could be written to ``path``; its folder is made."""
+    folder = Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"no checkpoint can be written to {folder} ({error.strerror or error}); choose another folder, or make "
+            "this one writable"
+        ) from error
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

@@ -14,15 +14,13 @@ import copy
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from manpp_kernels import checkpoint
 from manpp_kernels.local.compiled import compile_blocks
 from manpp_kernels.local.config import (
     AMP_DTYPES,
@@ -32,7 +30,7 @@ from manpp_kernels.local.config import (
     make_optimizers,
     make_schedulers,
 )
-from manpp_kernels.local.epoch import EpochTotals, batches_from, deferred_interrupt
+from manpp_kernels.local.epoch import EpochTotals, check_trained, deferred_interrupt, history_row, step_schedulers
 from manpp_kernels.local.graphs import StepGraph, make_step_graph
 from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
@@ -144,7 +142,7 @@ class LocalTrainer(Resumable):
         self._totals = EpochTotals()
         self._epoch_start = self._loaded_rng = None
         self._generators = []
-        self._stepping, self._first_step, self._own = False, True, set()
+        self._stepping, self._first_step, self._ended, self._own = False, True, False, set()
 
     # One step
 
@@ -285,7 +283,7 @@ class LocalTrainer(Resumable):
             val_loader: evaluated after every epoch.
             on_step: called after every step with the trainer and its :class:`StepResult`.
             on_epoch: called after every epoch with the trainer and its row of the history.
-            checkpoint_dir: where ``checkpoint.pt`` is written after every epoch and on Ctrl-C.
+            checkpoint_dir: where ``checkpoint.pt`` is written: after every epoch, on Ctrl-C, where validating fails.
             checkpoint_every: also write it every so many steps.
             resume: True for the checkpoint in ``checkpoint_dir``, or the path of one or of its folder.
 
@@ -298,17 +296,14 @@ class LocalTrainer(Resumable):
             ends it after the step at hand: the checkpoint is written, ``interrupted`` set, the history so far returned;
             a second Ctrl-C raises at once.
         """
-        path = self._checkpoint_file(checkpoint_dir, checkpoint_every, resume)
-        if resume:
-            self.load(path if resume is True and path is not None else str(resume))
-        self._generators = checkpoint.loader_generators(loader)
+        path = self._begin(loader, val_loader, checkpoint_dir, checkpoint_every, resume)
         self.interrupted = self._stepping = False
         # The ranks would not agree on the step after which to stop: Ctrl-C then ends them at once.
         with deferred_interrupt(self._ranks.count == 1) as interrupt:
             try:
                 while self.epoch < epochs and not interrupt.is_set():
                     if self._train_epoch(loader, interrupt, on_step, path, checkpoint_every):
-                        self._finish_epoch(val_loader)
+                        self._finish_epoch(val_loader, path)
                         if path is not None:
                             self.save(path)
                         if on_epoch is not None:
@@ -363,41 +358,19 @@ class LocalTrainer(Resumable):
             totals.tick(time.perf_counter() - last, timed=True, steps=0)
             if measure:
                 totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device))
+        self._ended = True
         return True
 
-    def _batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        resumed = self._loaded_rng is not None
-        now, self._loaded_rng = self._loaded_rng or self._rng_state(), None
-        if self.position == 0:
-            self._epoch_start = now
-        start = self._epoch_start
-        return batches_from(loader, self.epoch, self.position, start, now, self._generators, resumed=resumed)
-
-    def _finish_epoch(self, val_loader: Iterable[Batch] | None) -> None:
-        if self._totals.images == 0:
-            raise ValueError(
-                "the loader gave no batch; has the data fewer images than a batch, with drop_last=True?"
-                if self.epoch == 0
-                else f"the loader gave no batch in epoch {self.epoch + 1}; an iterator is used up by then: give what "
-                "can be iterated anew, such as a DataLoader"
-            )
+    def _finish_epoch(self, val_loader: Iterable[Batch] | None, path: Path | None) -> None:
+        check_trained(self._totals, self.epoch)
         self._ranks.broadcast(list(self.network.buffers()))
-        validation = self._ranks.totals(self._evaluate(val_loader)) if val_loader is not None else None
-        row = {
-            "epoch": self.epoch + 1,
-            "val_loss": None if validation is None else validation.mean_loss(),
-            "val_acc": None if validation is None else validation.accuracy(),
-            "lr": float(self.optimizers[0].param_groups[0]["lr"]),
-            **self._ranks.totals(self._totals).row(),
-            "memory": "cuda allocator peak" if self.device.type == "cuda" else "live saved tensors peak",
-        }
-        for scheduler in self.schedulers if self.config.schedule == "epoch" else ():
-            if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step(row["train_loss"] if val_loader is None else row["val_loss"])
-            else:
-                scheduler.step()
+        validation = self._validate(val_loader, path) if val_loader is not None else None
+        row = history_row(self.epoch, self._ranks.totals(self._totals), validation, self.optimizers, self.device)
+        if self.config.schedule == "epoch":
+            step_schedulers(self.schedulers, row)
         self.history.append(row)
-        self.epoch, self.position, self._totals, self._epoch_start = self.epoch + 1, 0, EpochTotals(), None
+        self.epoch, self.position, self._ended = self.epoch + 1, 0, False
+        self._totals, self._epoch_start = EpochTotals(), None
 
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float | None]:
         """The deployed model in evaluation mode: ``accuracy`` (0 to 1, None without classes), ``loss``, ``images``.

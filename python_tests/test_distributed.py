@@ -188,8 +188,35 @@ def _local_epochs(rank: int) -> None:
             alone.load(folder / CHECKPOINT_NAME)
 
 
+def _failing_validation(rank: int) -> None:
+    """The ranks cannot agree on a checkpoint once one of them has failed: it is there before."""
+    data = TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 4)
+
+    def trainer() -> LocalTrainer:
+        torch.manual_seed(rank)
+        config = TrainerConfig(rule="dgl", data_parallel=True)
+        return LocalTrainer(CifarResNet((1, 1, 1), 4, widths=(8, 8, 8)), config, example=(3, 8, 8))
+
+    def loader() -> DataLoader:
+        return DataLoader(data, batch_size=4, sampler=DistributedSampler(data))
+
+    def broken() -> Any:
+        yield data[:4]
+        raise ZeroDivisionError
+
+    whole, second = trainer(), trainer()
+    whole.fit(loader(), 2)
+    with pytest.raises(ZeroDivisionError):
+        trainer().fit(loader(), 2, val_loader=broken(), checkpoint_dir="failing")
+    second.load("failing")
+    assert (second.epoch, second.position) == (0, 3)
+    second.fit(loader(), 2)
+    for a, b in zip(whole.persistent_tensors(), second.persistent_tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
-@pytest.mark.parametrize("test", [_sharded, _data_parallel, _local_training, _local_epochs])
+@pytest.mark.parametrize("test", [_sharded, _data_parallel, _local_training, _local_epochs, _failing_validation])
 def test_two_ranks(test: Any, tmp_path: Path) -> None:
     on_two_ranks(test, tmp_path)
 

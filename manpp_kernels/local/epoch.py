@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from manpp_kernels import checkpoint
@@ -71,6 +72,52 @@ class EpochTotals:
         }
 
 
+def length_of(loader: Iterable[Any]) -> int | None:
+    """How many batches it has, where it says so."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def check_trained(totals: EpochTotals, epoch: int) -> None:
+    """Raise where an epoch, of this many before, had no batch."""
+    if totals.images == 0:
+        raise ValueError(
+            "the loader gave no batch; has the data fewer images than a batch, with drop_last=True?"
+            if epoch == 0
+            else f"the loader gave no batch in epoch {epoch + 1}; an iterator is used up by then: give what can be "
+            "iterated anew, such as a DataLoader"
+        )
+
+
+def history_row(
+    epoch: int,
+    totals: EpochTotals,
+    validation: EpochTotals | None,
+    optimizers: Sequence[torch.optim.Optimizer],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What is known of an epoch, of this many before; waits for the device."""
+    return {
+        "epoch": epoch + 1,
+        "val_loss": None if validation is None else validation.mean_loss(),
+        "val_acc": None if validation is None else validation.accuracy(),
+        "lr": float(optimizers[0].param_groups[0]["lr"]),
+        **totals.row(),
+        "memory": "cuda allocator peak" if device.type == "cuda" else "live saved tensors peak",
+    }
+
+
+def step_schedulers(schedulers: Sequence[Any], row: dict[str, Any]) -> None:
+    """After an epoch with this row of the history."""
+    for scheduler in schedulers:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(row["train_loss"] if row["val_loss"] is None else row["val_loss"])
+        else:
+            scheduler.step()
+
+
 def batches_from(
     loader: Iterable[Any],
     epoch: int,
@@ -80,12 +127,13 @@ def batches_from(
     generators: Sequence[torch.Generator],
     *,
     resumed: bool = False,
+    ended: bool = False,
 ) -> Iterator[Any]:
     """The batches of an epoch from number ``position`` on, as if those before had just been used.
 
     The loader is started again with the generators as they were at the epoch's ``start``, so that it draws the same
     order; the batches already used are drawn and dropped; then the generators are put where they were ``now``.
-    ``resumed`` says that the epochs before were those of another process.
+    ``resumed`` says that the epochs before were those of another process, ``ended`` that there are no more batches.
     """
     for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
         set_epoch = getattr(owner, "set_epoch", None)
@@ -106,8 +154,11 @@ def batches_from(
             raise ValueError(
                 f"{position} batches of this epoch are done, and the loader has only {done}: another loader"
             )
+    if ended:
+        next(iterator, None)  # what a sampler draws at its end is in the past too, such as one more order
     checkpoint.set_rng_state(now, generators)
-    yield from iterator
+    if not ended:
+        yield from iterator
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from manpp_kernels import checkpoint
 from manpp_kernels.checkpoint import CheckpointError
 from manpp_kernels.local.agreement import check_fits, classes
 from manpp_kernels.local.config import TrainerConfig
-from manpp_kernels.local.epoch import EpochTotals
+from manpp_kernels.local.epoch import EpochTotals, batches_from, length_of
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.replicas import Alone, Replicas
 
@@ -37,9 +39,11 @@ class Resumable:
     _scaler: torch.amp.GradScaler
     _ranks: Replicas | Alone
     _totals: EpochTotals
+    _ended: bool  # whether the epoch has no more batches, and only its validation is to come
     _epoch_start: dict[str, Any] | None  # the generators at the start of the current epoch
     _loaded_rng: dict[str, Any] | None  # from a checkpoint, until fit has the loader's generators
     _generators: list[torch.Generator]
+    _evaluate: Callable[[Iterable[Any]], EpochTotals]
     _own: set[Path]  # the checkpoints that are this training's, and may be written over; resolved
 
     def save(self, path: str | Path) -> None:
@@ -88,7 +92,7 @@ class Resumable:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "schedulers": [s.state_dict() for s in self.schedulers],
             "scaler": self._scaler.state_dict(),
-            "progress": {"epoch": self.epoch, "position": self.position},
+            "progress": {"epoch": self.epoch, "position": self.position, "ended": self._ended},
             "totals": self._totals.numbers(),
             "history": self.history,
             "epoch_start": self._epoch_start,
@@ -115,8 +119,52 @@ class Resumable:
         self.model.load_state_dict(state["model"])
         self.network.load_auxiliary_state_dict(state["auxiliary"])
         checkpoint.set_rng_state({**state["rng"], "generators": []})
-        self.epoch, self.position = state["progress"]["epoch"], state["progress"]["position"]
+        progress = state["progress"]
+        self.epoch, self.position, self._ended = progress["epoch"], progress["position"], progress.get("ended", False)
         self._totals, self.history, self._epoch_start = totals, state["history"], state["epoch_start"]
+
+    def _begin(
+        self,
+        loader: Iterable[Any],
+        val_loader: Iterable[Any] | None,
+        folder: str | Path | None,
+        every: int | None,
+        resume: bool | str | Path,
+    ) -> Path | None:
+        """What ``fit`` does before its first step, where all shows that could only fail later; its checkpoint."""
+        path = self._checkpoint_file(folder, every, resume)
+        if val_loader is not None and length_of(val_loader) == 0:
+            raise ValueError("val_loader has no batch to evaluate; give it images, or None for no validation")
+        if resume:
+            self.load(path if resume is True and path is not None else str(resume))
+        if path is not None:
+            self._ranks.first(functools.partial(checkpoint.check_place, path))
+        self._generators = checkpoint.loader_generators(loader)
+        return path
+
+    def _batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The rest of the epoch's batches."""
+        resumed = self._loaded_rng is not None
+        now, self._loaded_rng = self._loaded_rng or self._rng_state(), None
+        if self.position == 0:
+            self._epoch_start = now
+        ended, self._ended = self._ended, False
+        start, at = self._epoch_start, (self.epoch, self.position)
+        return batches_from(loader, *at, start, now, self._generators, resumed=resumed, ended=ended)
+
+    def _validate(self, loader: Iterable[Any], path: Path | None) -> EpochTotals:
+        """Evaluate after an epoch; where that fails, the epoch is in the checkpoint, and is validated on resuming."""
+        if path is not None and self._ranks.count > 1:  # which could not agree on it afterwards
+            self.save(path)
+        before = self._rng_state()
+        try:
+            totals = self._evaluate(loader)
+        except BaseException:
+            checkpoint.set_rng_state(before, self._generators)
+            if path is not None and self._ranks.count == 1:
+                self.save(path)
+            raise
+        return self._ranks.totals(totals)
 
     def _checkpoint_file(self, folder: str | Path | None, every: int | None, resume: bool | str | Path) -> Path | None:
         """Where ``fit`` keeps its checkpoint, if anywhere; raises where one of another training would be lost."""

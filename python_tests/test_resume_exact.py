@@ -1,0 +1,99 @@
+"""Resuming is exact whatever ended a run: a validation that failed, a callback, a crash after either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoint import assert_equal, make_loader, make_trainer, seed_everything
+from test_trainer import batch, loader, small_trainer
+from torch.utils.data import DataLoader
+
+from manpp_kernels.trainer import CHECKPOINT_NAME
+
+
+class Crash(Exception):
+    pass
+
+
+class Fragile:
+    """A loader whose epoch of this number breaks off; like one of workers, it draws from the global generator."""
+
+    def __init__(self, fails_in: int | None = None) -> None:
+        self.fails_in, self.epoch = fails_in, 0
+
+    def __iter__(self):
+        self.epoch += 1
+        torch.rand(1)
+        yield batch()
+        if self.epoch == self.fails_in:
+            raise Crash
+
+
+@pytest.mark.parametrize("kind", ["global", "own"])
+@pytest.mark.filterwarnings("ignore:Detected call of")  # an epoch that is resumed after its last step only ends
+def test_an_epoch_is_not_lost_where_its_validation_fails(tmp_path: Path, kind: str) -> None:
+    whole, first, second = make_trainer(), make_trainer(), make_trainer(seed=9)
+    seed_everything()
+    whole.fit(make_loader(kind), 3, val_loader=Fragile())
+    seed_everything()
+    with pytest.raises(Crash):
+        first.fit(make_loader(kind), 3, val_loader=Fragile(2), checkpoint_dir=tmp_path)
+    assert (first.epoch, first.position, len(first.history)) == (1, 5, 1)
+
+    steps = []
+    second.load(tmp_path / CHECKPOINT_NAME)
+    assert (second.epoch, second.position) == (1, 5)
+    history = second.fit(make_loader(kind), 3, val_loader=Fragile(), on_step=lambda t, r: steps.append(t.epoch))
+    assert steps == [2] * 5
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    assert_equal(whole, second)
+
+
+@pytest.mark.parametrize("kind", ["global", "own"])
+def test_a_trainer_goes_on_after_a_validation_that_failed(kind: str) -> None:
+    whole, parted = make_trainer(), make_trainer()
+    seed_everything()
+    whole.fit(make_loader(kind), 2, val_loader=Fragile())
+    seed_everything()
+    train = make_loader(kind)
+    with pytest.raises(Crash):
+        parted.fit(train, 2, val_loader=Fragile(1))
+    parted.fit(train, 2, val_loader=Fragile())
+    assert_equal(whole, parted)
+
+
+def test_what_cannot_go_well_shows_before_the_first_step(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for options, error, message in (
+        ({"checkpoint_dir": file}, OSError, r"no checkpoint can be written to .*file \(.*\); choose another folder"),
+        ({"checkpoint_dir": file / "below"}, OSError, r"no checkpoint can be written to .*below \(Not a directory\)"),
+        ({"val_loader": []}, ValueError, "val_loader has no batch to evaluate"),
+        ({"val_loader": DataLoader([])}, ValueError, "val_loader has no batch to evaluate"),
+    ):
+        trainer, steps = small_trainer(rule="dgl"), []
+        with pytest.raises(error, match=message):
+            trainer.fit(loader(), 1, on_step=lambda *_, steps=steps: steps.append(1), **options)
+        assert steps == []
+    folder = tmp_path / "a" / "b"
+    small_trainer(rule="dgl").fit(loader(), 1, checkpoint_dir=folder)
+    assert [path.name for path in folder.iterdir()] == [CHECKPOINT_NAME]
+
+
+def test_an_epoch_goes_on_that_had_no_batch_at_first(tmp_path: Path) -> None:
+    whole, first, second = make_trainer(), make_trainer(), make_trainer(seed=9)
+    seed_everything()
+    whole.fit(make_loader("own"), 1)
+    with pytest.raises(ValueError, match="gave no batch"):
+        first.fit(iter([]), 1)
+    seed_everything()
+
+    def interrupt(trainer, result) -> None:
+        if trainer.position == 2:
+            raise KeyboardInterrupt
+
+    first.fit(make_loader("own"), 1, on_step=interrupt, checkpoint_dir=tmp_path)
+    second.fit(make_loader("own"), 1, resume=tmp_path)
+    assert_equal(whole, second)
