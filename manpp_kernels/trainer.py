@@ -282,7 +282,8 @@ class LocalTrainer(Resumable):
             epochs: how many in all.
             val_loader: evaluated after every epoch.
             on_step: called after every step with the trainer and its :class:`StepResult`.
-            on_epoch: called after every epoch with the trainer and its row of the history.
+            on_epoch: called after every epoch with the trainer and its row of the history. The checkpoint is written
+                before it, and again with what it changed; ``requires_grad`` is not in it.
             checkpoint_dir: where ``checkpoint.pt`` is written: after every epoch, on Ctrl-C, where validating fails.
             checkpoint_every: also write it every so many steps.
             resume: True for the checkpoint in ``checkpoint_dir``, or the path of one or of its folder.
@@ -308,6 +309,8 @@ class LocalTrainer(Resumable):
                             self.save(path)
                         if on_epoch is not None:
                             on_epoch(self, self.history[-1])
+                            if path is not None:  # what it changed, such as a learning rate
+                                self.save(path)
             except KeyboardInterrupt:
                 if self._stepping or self._ranks.count > 1:  # half a step is no state to save
                     raise

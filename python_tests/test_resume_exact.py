@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from test_trainer import batch, loader, small_trainer
 from torch.utils.data import DataLoader
 
 from manpp_kernels.trainer import CHECKPOINT_NAME
+
+Adam = functools.partial(torch.optim.Adam, lr=0.01)
 
 
 class Crash(Exception):
@@ -97,3 +100,38 @@ def test_an_epoch_goes_on_that_had_no_batch_at_first(tmp_path: Path) -> None:
     first.fit(make_loader("own"), 1, on_step=interrupt, checkpoint_dir=tmp_path)
     second.fit(make_loader("own"), 1, resume=tmp_path)
     assert_equal(whole, second)
+
+
+def lower(trainer, row) -> None:
+    """A learning rate set by hand, a row that is added to, and random numbers."""
+    for group in trainer.optimizers[0].param_groups:
+        group["lr"] *= 0.1
+    row["note"] = torch.rand(()).item()
+
+
+def test_what_a_callback_changes_is_in_the_checkpoint_of_its_epoch(tmp_path: Path) -> None:
+    whole, first, second = (small_trainer(rule="dgl", optimizer=Adam) for _ in range(3))
+    seed_everything()
+    whole.fit(make_loader("global"), 3, on_epoch=lower)
+    seed_everything()
+
+    def crash(trainer, result) -> None:
+        if trainer.epoch == 1:
+            raise Crash
+
+    with pytest.raises(Crash):
+        first.fit(make_loader("global"), 3, on_epoch=lower, on_step=crash, checkpoint_dir=tmp_path)
+    second.fit(make_loader("global"), 3, on_epoch=lower, checkpoint_dir=tmp_path, resume=True)
+    assert [row["lr"] for row in second.history] == [row["lr"] for row in whole.history]
+    assert_equal(whole, second)
+
+
+def test_an_epoch_is_not_lost_where_its_callback_fails(tmp_path: Path) -> None:
+    def crash(trainer, row) -> None:
+        raise Crash
+
+    with pytest.raises(Crash):
+        make_trainer().fit(make_loader("global"), 2, on_epoch=crash, checkpoint_dir=tmp_path)
+    resumed = make_trainer()
+    resumed.load(tmp_path)
+    assert (resumed.epoch, resumed.position) == (1, 0)
