@@ -205,6 +205,16 @@ def set_rng_state(state: Mapping[str, Any], generators: Sequence[torch.Generator
         g.set_state(s)
 
 
+@contextlib.contextmanager
+def kept_rng_state(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """The generators are afterwards where they were before."""
+    state = rng_state(generators)
+    try:
+        yield
+    finally:
+        set_rng_state(state, generators)
+
+
 def _safetensors() -> Any:
     try:
         import safetensors.torch

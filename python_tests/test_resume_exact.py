@@ -11,7 +11,7 @@ from test_checkpoint import assert_equal, make_loader, make_trainer, seed_everyt
 from test_trainer import batch, loader, small_trainer
 from torch.utils.data import DataLoader
 
-from manpp_kernels.trainer import CHECKPOINT_NAME
+from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
 
 Adam = functools.partial(torch.optim.Adam, lr=0.01)
 
@@ -135,3 +135,44 @@ def test_an_epoch_is_not_lost_where_its_callback_fails(tmp_path: Path) -> None:
     resumed = make_trainer()
     resumed.load(tmp_path)
     assert (resumed.epoch, resumed.position) == (1, 0)
+
+
+@pytest.mark.parametrize("stop", [0, 2])  # after the first epoch, in the middle of the second
+@pytest.mark.parametrize("training_workers", [0, 1])
+def test_validation_loaders_with_workers_that_persist(tmp_path: Path, training_workers: int, stop: int) -> None:
+    """They draw a random number before the first validation, and not again."""
+    data = make_loader("global").dataset
+
+    def loaders() -> tuple[DataLoader, DataLoader]:
+        training = {"num_workers": training_workers, "persistent_workers": training_workers > 0}
+        return (
+            DataLoader(data, batch_size=4, shuffle=True, **training),
+            DataLoader(data, batch_size=20, num_workers=1, persistent_workers=True),
+        )
+
+    def fit(trainer: LocalTrainer, epochs: int = 3, **options) -> None:
+        loader, val_loader = loaders()
+        trainer.fit(loader, epochs, val_loader=val_loader, **options)
+
+    def interrupt(trainer, result) -> None:
+        if (trainer.epoch, trainer.position) == (1, stop):
+            raise KeyboardInterrupt
+
+    whole, first, second = make_trainer("dgl"), make_trainer("dgl"), make_trainer("dgl", seed=9)
+    seed_everything()
+    fit(whole)
+    seed_everything()
+    fit(first, 2 if stop else 1, checkpoint_dir=tmp_path, on_step=interrupt)
+    assert (first.epoch, first.position) == (1, stop)
+    fit(second, checkpoint_dir=tmp_path, resume=True)
+    assert_equal(whole, second)
+
+
+def test_validating_leaves_the_training_as_it_is() -> None:
+    validated, alone = make_trainer(), make_trainer()
+    seed_everything()
+    validated.fit(make_loader("global"), 2, val_loader=Fragile())
+    seed_everything()
+    alone.fit(make_loader("global"), 2)
+    for a, b in zip(validated.persistent_tensors(), alone.persistent_tensors(), strict=True):
+        assert torch.equal(a, b)

@@ -156,11 +156,11 @@ class Resumable:
         """Evaluate after an epoch; where that fails, the epoch is in the checkpoint, and is validated on resuming."""
         if path is not None and self._ranks.count > 1:  # which could not agree on it afterwards
             self.save(path)
-        before = self._rng_state()
         try:
-            totals = self._evaluate(loader)
+            # Whatever it draws is not missed in the training: the workers of a loader, new or persistent, among it.
+            with checkpoint.kept_rng_state(self._generators):
+                totals = self._evaluate(loader)
         except BaseException:
-            checkpoint.set_rng_state(before, self._generators)
             if path is not None and self._ranks.count == 1:
                 self.save(path)
             raise
