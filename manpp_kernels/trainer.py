@@ -39,6 +39,7 @@ from manpp_kernels.local.parts import adapt
 from manpp_kernels.local.replicas import Alone, Replicas
 from manpp_kernels.local.resumable import CHECKPOINT_NAME, Resumable
 from manpp_kernels.local.rules import make_rule
+from manpp_kernels.local.settings import optimizer_settings, settings_of
 from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch, check_loss, check_pair
 from manpp_kernels.local.streams import make_lanes
 from manpp_kernels.local.targets import (
@@ -128,7 +129,9 @@ class LocalTrainer(Resumable):
         self._by_block = by_block = [block.trainable() for block in self.network]
         groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
         self.optimizers = make_optimizers(config.sgd if optimizer is None else optimizer, groups)
+        made = optimizer_settings(self.optimizers)
         self.schedulers = make_schedulers(scheduler, self.optimizers, config.schedule)
+        self._settings = settings_of(config, criterion, made, self.optimizers, self.schedulers)
         modules = [self.network, *([criterion] if isinstance(criterion, nn.Module) else [])]
         self._graph: StepGraph | None = None
         if config.cuda_graphs:
@@ -140,7 +143,7 @@ class LocalTrainer(Resumable):
         self.history: list[dict[str, Any]] = []
         self.interrupted = False
         self._totals = EpochTotals()
-        self._epoch_start = self._loaded_rng = None
+        self._epoch_start = self._loaded_rng = self._epoch_length = None
         self._generators = []
         self._stepping, self._first_step, self._ended, self._own = False, True, False, set()
 

@@ -352,7 +352,7 @@ def test_a_shorter_loader(tmp_path: Path) -> None:
     )
     assert first.position == 1
     with pytest.raises(ValueError, match="the loader has only 0"):
-        make_trainer().fit([], 1, checkpoint_dir=tmp_path, resume=True)
+        make_trainer().fit(iter([]), 1, checkpoint_dir=tmp_path, resume=True)
 
 
 def test_exported_weights(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from manpp_kernels.local.config import TrainerConfig
 from manpp_kernels.local.epoch import EpochTotals, batches_from, length_of
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.replicas import Alone, Replicas
+from manpp_kernels.local.settings import Settings, check_schedule, differences
 
 CHECKPOINT_NAME = "checkpoint.pt"
+_PROGRESS = {"epoch": "epoch", "position": "position", "ended": "_ended", "batches": "_epoch_length"}
 # What every rank has its own of.
 _OF_A_RANK = ("totals", "epoch_start", "rng")
 
@@ -43,6 +46,8 @@ class Resumable:
     _epoch_start: dict[str, Any] | None  # the generators at the start of the current epoch
     _loaded_rng: dict[str, Any] | None  # from a checkpoint, until fit has the loader's generators
     _generators: list[torch.Generator]
+    _epoch_length: int | None  # batches of the current epoch, where the loader says so
+    _settings: Settings
     _evaluate: Callable[[Iterable[Any]], EpochTotals]
     _own: set[Path]  # the checkpoints that are this training's, and may be written over; resolved
 
@@ -51,12 +56,15 @@ class Resumable:
         state = self._state()
         # Each rank's own: the sums of the epoch so far, and random numbers.
         state.update({part: self._ranks.gather(state[part]) for part in _OF_A_RANK})
-        state.update(kind=self._kind(), classes=classes(self.optimizers, self.schedulers))
+        state.update(kind=self._kind(), classes=classes(self.optimizers, self.schedulers), settings=self._settings)
         self._ranks.first(lambda: checkpoint.write(path, state))
         self._own.add(Path(path).resolve())
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.
+
+        The numbers of optimizers and schedulers, such as a learning rate, are then the checkpoint's, and all others
+        those that this trainer was made with; one warning names what differs.
 
         Args:
             path: the checkpoint, or the folder that ``fit`` wrote it to.
@@ -68,6 +76,8 @@ class Resumable:
         file = _file_of(path)
         state = checkpoint.read(file)
         check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
+        settings = state.get("settings")
+        check_schedule(settings, self._settings)
         before = self._kept()
         try:
             state.update({part: state[part][self._ranks.rank] for part in _OF_A_RANK})
@@ -84,6 +94,11 @@ class Resumable:
         # The loader's own generators follow in fit, which has the loader.
         self._loaded_rng = state["rng"]
         self._own |= _continued(file)
+        different = differences(settings, self._settings)
+        if settings is not None:
+            self._settings = {**self._settings, "loaded": settings["loaded"]}
+        if different is not None and self._ranks.rank == 0:
+            warnings.warn(different, stacklevel=2)
 
     def _state(self) -> dict[str, Any]:
         """What changes in the course of a training; the tensors are the trainer's own."""
@@ -92,7 +107,7 @@ class Resumable:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "schedulers": [s.state_dict() for s in self.schedulers],
             "scaler": self._scaler.state_dict(),
-            "progress": {"epoch": self.epoch, "position": self.position, "ended": self._ended},
+            "progress": {name: getattr(self, attribute) for name, attribute in _PROGRESS.items()},
             "totals": self._totals.numbers(),
             "history": self.history,
             "epoch_start": self._epoch_start,
@@ -119,8 +134,9 @@ class Resumable:
         self.model.load_state_dict(state["model"])
         self.network.load_auxiliary_state_dict(state["auxiliary"])
         checkpoint.set_rng_state({**state["rng"], "generators": []})
-        progress = state["progress"]
-        self.epoch, self.position, self._ended = progress["epoch"], progress["position"], progress.get("ended", False)
+        progress = {"ended": False, "batches": None, **state["progress"]}  # which the first checkpoints had not
+        for name, attribute in _PROGRESS.items():
+            setattr(self, attribute, progress[name])
         self._totals, self.history, self._epoch_start = totals, state["history"], state["epoch_start"]
 
     def _begin(
@@ -139,8 +155,18 @@ class Resumable:
             self.load(path if resume is True and path is not None else str(resume))
         if path is not None:
             self._ranks.first(functools.partial(checkpoint.check_place, path))
+        self._check_length(length_of(loader))
         self._generators = checkpoint.loader_generators(loader)
         return path
+
+    def _check_length(self, batches: int | None) -> None:
+        """Raise where the rest of an epoch would be that of another loader; None is a length that is not known."""
+        if self.position > 0 and None not in (batches, self._epoch_length) and batches != self._epoch_length:
+            raise CheckpointError(
+                f"{self.position} of the {self._epoch_length} batches of this epoch are done, and the loader has "
+                f"{batches}, so that the rest would be another's; go on with the same data and batch size"
+            )
+        self._epoch_length = batches
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The rest of the epoch's batches."""
