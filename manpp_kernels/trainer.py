@@ -283,13 +283,13 @@ class LocalTrainer(Resumable):
         Args:
             loader: batches (images, targets), anew for every epoch.
             epochs: how many in all.
-            val_loader: evaluated after every epoch.
+            val_loader: evaluated after every epoch; the random numbers it draws are none of the training's.
             on_step: called after every step with the trainer and its :class:`StepResult`.
             on_epoch: called after every epoch with the trainer and its row of the history. The checkpoint is written
                 before it, and again with what it changed; ``requires_grad`` is not in it.
             checkpoint_dir: where ``checkpoint.pt`` is written: after every epoch, on Ctrl-C, where validating fails.
             checkpoint_every: also write it every so many steps.
-            resume: True for the checkpoint in ``checkpoint_dir``, or the path of one or of its folder.
+            resume: True for the checkpoint in ``checkpoint_dir``, or the path of one or of its folder (see ``load``).
 
         Returns:
             The history, a row for each epoch: ``epoch`` (from 1), ``train_loss`` and ``train_acc`` (the network's own,
