@@ -143,12 +143,14 @@ class TestCommands:
             found = [event.value for event in events.Scalars(f"block_{name}/01")]
             assert found == pytest.approx([row[name] for row in rows if row["block"] == 1], rel=1e-5)
 
-    def test_resumed_run_keeps_its_rows(self, run: Path, tmp_path: Path) -> None:
+    def test_resumed_run_keeps_its_rows(self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "run"
         shutil.copytree(run, folder)
         text = (folder / "config.yaml").read_text().replace("epochs: 2", "epochs: 3")
         (folder / "config.yaml").write_text(text)
         assert main(["train", "--resume", str(folder)]) == 0
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert "the checkpoint's go on for CosineAnnealingLR.T_max 2 (here 3)" in said
         rows = read_csv(folder / "blocks.csv")
         assert [(row["epoch"], row["block"]) for row in rows] == [(e, b) for e in (1, 2, 3) for b in range(4)]
         assert all(math.isfinite(row["accuracy"]) for row in rows)

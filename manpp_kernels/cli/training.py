@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,10 @@ def _train(
         if not ranks.first:  # whose dropout is its own, as its images are
             torch.manual_seed(run.seed + ranks.rank)
         if resume is not None:
-            trainer.load(resume)
+            with warnings.catch_warnings(record=True) as caught:
+                trainer.load(resume)
+            for warning in caught:
+                display.console.print(str(warning.message), style="yellow")
         folder = ranks.agree(made)
     if observer is not None:
         observer.attach(trainer, folder)
