@@ -99,7 +99,7 @@ def test_training(bench, tmp_path, capsys):
     assert bench("training").main(["--json", str(path)]) == 0
     out = capsys.readouterr().out
     rows = {r["variant"]: r for r in json.loads(path.read_text())["rows"]}
-    assert list(rows) == list(bench("training").VARIANTS)
+    assert list(rows) == [name for name in bench("training").VARIANTS if "compiled" not in name]
     assert all(re.search(rf": {re.escape(variant)} +\d", out) for variant in rows)
     assert rows["e2e"]["memory_share"] == 1.0
     assert rows["e2e, checkpointed"]["saved_bytes"] < rows["e2e"]["saved_bytes"]
