@@ -292,12 +292,12 @@ class ModelEma(nn.Module):
     @torch.no_grad()
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Average everything of floating point in the state_dict, copy the rest."""
-        self._launches(model, self._pair_states).run(decay)
+        self._launches(model, average_buffers=True).run(decay)
 
     @torch.no_grad()
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
         """Average the parameters, copy the buffers."""
-        self._launches(model, self._pair_parameters).run(decay)
+        self._launches(model, average_buffers=False).run(decay)
 
     @torch.no_grad()
     def set(self, model: nn.Module) -> None:
@@ -339,10 +339,10 @@ class ModelEma(nn.Module):
     # --- launches are prepared at the first update, and again when the modules hold other tensors
 
     def _forget(self) -> None:
-        self._prepared: dict[Any, tuple[list[Any], _Launches]] = {}
+        self._prepared: dict[bool, tuple[list[Any], _Launches]] = {}
         self._model: weakref.ref[nn.Module] | None = None
 
-    def _launches(self, model: nn.Module, pair: Callable[[nn.Module], tuple[list[Pair], list[Pair]]]) -> _Launches:
+    def _launches(self, model: nn.Module, *, average_buffers: bool) -> _Launches:
         # Assigned parameters and buffers are new tensors, and what moves to another dtype or device within its
         # parameter (.data, module.to) has a new address: a walk over the modules finds both, at a third of the price of
         # a state_dict.
@@ -352,17 +352,16 @@ class ModelEma(nn.Module):
         if self._model is None or self._model() is not model:
             self._forget()
             self._model = weakref.ref(model, _forgetting(self))
-        kind = pair.__name__
-        found = self._prepared.get(kind)
+        found = self._prepared.get(average_buffers)
         if found is not None and found[0] == known:
             return found[1]
-        averaged, copied = pair(model)
+        averaged, copied = self._pair_states(model) if average_buffers else self._pair_parameters(model)
         launches = _Launches(averaged, copied, self._rounding, self._generator)
         # state_dict hooks may hand out tensors made for the occasion, and a shard can be replaced within its DTensor:
         # then the next step has to look again.
         own = set(parts)
         if all(id(t) in own for _, *both in averaged + copied for t in both):
-            self._prepared[kind] = known, launches
+            self._prepared[average_buffers] = known, launches
         return launches
 
     def _rounding(self, dtype: torch.dtype) -> Rounding:
