@@ -11,11 +11,10 @@ import pytest
 import torch
 from naive_local import Adam, Naive, Sgd
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations
 
 from manpp_kernels.local import make_rule, partition, rule_names
-from manpp_kernels.local.auxiliary import ParameterTransform, copy_unit
-from manpp_kernels.local.parts import reset_parameters
+from manpp_kernels.local.auxiliary import ParameterTransform
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -221,43 +220,6 @@ def test_weights_computed_by_hooks_cannot_be_drawn_anew() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), convs[0], convs[1], nn.Flatten(), nn.Linear(8 * 36, 4))
     with pytest.raises(ValueError, match=r"cannot be drawn anew; use those of torch\.nn\.utils\.parametrizations"):
         LocalTrainer(model, TrainerConfig(), example=(3, 8, 8))
-
-
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.parametrize("rule", ["man", "man++", "mlaan"])
-def test_hooks_on_a_unit_see_that_unit_alone(rule: str) -> None:
-    model, seen = small_model(), []
-    for unit in (model.layer2[0], model.layer2[0].conv1):
-        unit.register_forward_hook(lambda m, *_: seen.append(m))
-        unit.register_forward_hook(lambda m, args, kwargs, y: seen.append(m), with_kwargs=True, always_call=True)
-        unit.register_forward_pre_hook(lambda m, args: seen.append(m))
-        unit.register_forward_pre_hook(lambda m, args, kwargs: seen.append(m), with_kwargs=True)
-        unit.register_full_backward_hook(lambda m, *_: seen.append(m))
-        unit.register_full_backward_pre_hook(lambda m, *_: seen.append(m))
-    trainer = LocalTrainer(model, TrainerConfig(rule=rule), example=(3, 16, 16))
-    seen.clear()  # as the model was run, to measure it
-    trainer.step((torch.rand(4, 3, 16, 16).double(), torch.arange(4)))
-    assert set(seen) == {model.layer2[0], model.layer2[0].conv1}
-
-
-def test_copies_keep_the_hooks_that_compute_their_weights() -> None:
-    x = torch.rand(1, 8, 4, 4)
-    for computed in (
-        nn.utils.weight_norm,
-        nn.utils.spectral_norm,
-        functools.partial(prune.l1_unstructured, amount=0.5),
-    ):
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", FutureWarning)
-            conv = computed(nn.Conv2d(8, 8, 3, padding=1), "weight")
-            conv(x)  # a weight that is part of a graph cannot be copied
-        twin = copy_unit(conv, "copy", reset_parameters, trainable=True)
-        before = twin.weight.detach().clone()
-        with torch.no_grad():
-            for p in twin.parameters():
-                p.copy_(torch.rand_like(p))
-        twin(x)
-        assert not torch.equal(twin.weight, before)
 
 
 def test_copies_keep_no_running_statistics() -> None:

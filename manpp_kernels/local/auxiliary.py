@@ -20,7 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -156,7 +155,6 @@ def copy_unit(unit: nn.Module, init: Init, fresh: Callable[[nn.Module], None], *
     """A copy of ``unit`` for an auxiliary network.
 
     Its batch normalisations keep no running statistics: they normalise by the batch, and touch nothing of the user's.
-    Hooks are not copied, unless they compute a weight: what watches a unit is not meant for its copies.
 
     Args:
         unit: the user's module.
@@ -173,7 +171,6 @@ def copy_unit(unit: nn.Module, init: Init, fresh: Callable[[nn.Module], None], *
     if init == "fresh":
         _initialise(twin, fresh)
     for m in twin.modules():
-        _clear_hooks(m)
         if isinstance(m, nn.modules.batchnorm._NormBase):
             m.track_running_stats = False
             m.running_mean = m.running_var = m.num_batches_tracked = None
@@ -184,14 +181,6 @@ def copy_unit(unit: nn.Module, init: Init, fresh: Callable[[nn.Module], None], *
 
 
 _HOOKS = (WeightNorm, SpectralNorm)
-
-
-def _clear_hooks(module: nn.Module) -> None:
-    for hooks in (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
-        hooks.clear()
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if not isinstance(hook, (*_HOOKS, BasePruningMethod)):
-            del module._forward_pre_hooks[key]
 
 
 @torch.no_grad()
