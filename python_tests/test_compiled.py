@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,6 +91,32 @@ def test_every_block_is_compiled_and_for_its_own_sizes() -> None:
     for n in (6, 4):  # a second size is compiled for any, and a third finds that
         trainer.step((torch.rand(n, 8), torch.arange(n) % 4))
         assert len(recorder.sizes) == 2 * (2 * blocks - 1)
+
+
+def test_networks_know_nothing_of_each_others_sizes() -> None:
+    recorder = Recorder()
+    torch._dynamo.register_backend(recorder, name="manpp_sizes")
+    for n, blocks in ((8, 3), (6, 4), (4, 3)):
+        trainer = small_trainer(rule="dgl", blocks=blocks, compile="manpp_sizes")
+        trainer.step(images(n))
+        assert len(recorder.sizes) == 2 * blocks - 1
+        assert all(isinstance(n, int) for sizes in recorder.sizes for size in sizes for n in size)
+        recorder.sizes.clear()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_a_copy_works_on_its_own(copied: Any) -> None:
+    network = small_trainer(rule="dgl", blocks=2, compile="eager").network
+    other = copied(network)
+    batch = images(8)
+    x = batch[0]
+    for block, twin in zip(network, other, strict=True):
+        features, loss, _ = twin(x, *batch)
+        loss.backward()
+        assert all(p.grad is None for p in block.parameters())
+        assert all(p.grad is not None for p in twin.parameters())
+        assert torch.equal(block(x, *batch).loss, loss)
+        x = features
 
 
 def test_hooks_of_the_users_stay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from manpp_kernels.local.network import LocalNetwork
+
+_networks = itertools.count()
 
 
 def compile_blocks(network: LocalNetwork, backend: str, *, dynamic: bool | None) -> None:
@@ -22,26 +25,41 @@ def compile_blocks(network: LocalNetwork, backend: str, *, dynamic: bool | None)
         backend: of ``torch.compile``.
         dynamic: False compiles for every size anew, None for any size once a second one has come.
     """
+    number = next(_networks)
     for index, block in enumerate(network):
-        _compile_forward(block.body, f"body_{index}", backend, dynamic)
-        if block.auxiliary is not None:
-            _compile_forward(block.auxiliary, f"auxiliary_{index}", backend, dynamic)
+        for kind, module in (("body", block.body), ("auxiliary", block.auxiliary)):
+            if module is not None:
+                # A module's attribute of this kind is no part of its state, and is what it calls. Not by assignment,
+                # which type checkers refuse for a method.
+                compiled = _CompiledForward(module, f"{kind}_{number}_{index}", backend, dynamic)
+                setattr(module, "forward", compiled)  # noqa: B010
 
 
-def _compile_forward(module: nn.Module, name: str, backend: str, dynamic: bool | None) -> None:
-    """Put compiled code in the place of ``module.forward``, in this instance alone.
+class _CompiledForward:
+    """Stands in the place of ``module.forward``, in this instance alone; a copy of the module has its own, uncompiled.
 
     PyTorch keeps what it has compiled with the code object it came from: eight versions of it (``recompile_limit``),
-    after which it compiles no more, and the sizes that it has met there, of which it takes those that differ to differ
-    from call to call. ``Module.compile`` would make all blocks one function: the ninth would run uncompiled, and the
-    second be compiled for any size. So each gets a code object, and a name, of its own.
+    after which it compiles no more, and by its name the sizes that it has met there, of which it takes those that
+    differ to differ from call to call. ``Module.compile`` would make all blocks one function: the ninth would run
+    uncompiled, and the second be compiled for any size. So each gets a code object, and a name, of its own.
     """
-    forward = module.forward
 
-    def call(*args: Any) -> Any:
-        return forward(*args)
+    def __init__(self, module: nn.Module, name: str, backend: str, dynamic: bool | None) -> None:
+        forward = module.forward
 
-    own = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
-    # Not by assignment, which type checkers refuse for a method. A module's attribute of this kind is no part of its
-    # state, and is what it calls.
-    setattr(module, "forward", torch.compile(own, backend=backend, dynamic=dynamic))  # noqa: B010
+        def call(*args: Any) -> Any:
+            return forward(*args)
+
+        own = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
+        self._module = module
+        self._compiled = torch.compile(own, backend=backend, dynamic=dynamic)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._compiled(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _plain_forward, (self._module,)
+
+
+def _plain_forward(module: nn.Module) -> Any:
+    return types.MethodType(type(module).forward, module)
