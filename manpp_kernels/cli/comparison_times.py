@@ -43,7 +43,7 @@ def measure(variants: Sequence[Variant], folder: Path, rounds: int) -> None:
             step()
             if number >= 0:
                 times[name].append(time.perf_counter() - begin)
-    found = {
+    found: dict[str, Any] = {
         "rounds": rounds,
         "variants": {
             name: {
@@ -54,6 +54,9 @@ def measure(variants: Sequence[Variant], folder: Path, rounds: int) -> None:
             for name, values in times.items()
         },
     }
+    before = read(folder)
+    if before is not None and before["rounds"] == rounds:  # of other variants, chosen by --only
+        found["variants"] = {**before["variants"], **found["variants"]}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / TIMES_NAME) as path:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
