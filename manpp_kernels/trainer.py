@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import threading
 import time
@@ -285,8 +286,8 @@ class LocalTrainer(Resumable):
             epochs: how many in all.
             val_loader: evaluated after every epoch; the random numbers it draws are none of the training's.
             on_step: called after every step with the trainer and its :class:`StepResult`.
-            on_epoch: called after every epoch with the trainer and its row of the history. The checkpoint is written
-                before it, and again with what it changed; ``requires_grad`` is not in it.
+            on_epoch: called after every epoch with the trainer and its row of the history. What it changes, such as a
+                learning rate, is in the epoch's checkpoint, but for ``requires_grad``.
             checkpoint_dir: where ``checkpoint.pt`` is written: after every epoch, on Ctrl-C, where validating fails.
             checkpoint_every: also write it every so many steps.
             resume: True for the checkpoint in ``checkpoint_dir``, or the path of one or of its folder (see ``load``).
@@ -308,12 +309,7 @@ class LocalTrainer(Resumable):
                 while self.epoch < epochs and not interrupt.is_set():
                     if self._train_epoch(loader, interrupt, on_step, path, checkpoint_every):
                         self._finish_epoch(val_loader, path)
-                        if path is not None:
-                            self.save(path)
-                        if on_epoch is not None:
-                            on_epoch(self, self.history[-1])
-                            if path is not None:  # what it changed, such as a learning rate
-                                self.save(path)
+                        self._save_with(functools.partial(on_epoch, self, self.history[-1]) if on_epoch else None, path)
             except KeyboardInterrupt:
                 if self._stepping or self._ranks.count > 1:  # half a step is no state to save
                     raise

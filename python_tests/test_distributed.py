@@ -173,7 +173,10 @@ def _local_epochs(rank: int) -> None:
     history = whole.fit(loader(), 3, val_loader=loader())
     assert_agreed([t.detach() for t in whole.persistent_tensors()])
     assert_agreed([torch.tensor([[row[key] for key in ("train_loss", "train_acc", "val_loss")] for row in history])])
-    trainer().fit(loader(), 1, checkpoint_dir=folder, checkpoint_every=2)
+    said: list[int] = []
+    log = (lambda _, row: said.append(row["epoch"])) if rank == 0 else None  # as one rank alone writes a log
+    trainer().fit(loader(), 1, checkpoint_dir=folder, checkpoint_every=2, on_epoch=log)
+    assert said == [1] * (rank == 0)
     second = trainer()
     second.fit(loader(), 3, val_loader=loader(), checkpoint_dir=folder, resume=True)
     for a, b in zip(whole.persistent_tensors(), second.persistent_tensors(), strict=True):

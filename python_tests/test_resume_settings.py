@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,12 +84,17 @@ def warmup(optimizer: torch.optim.Optimizer, steps: int) -> L.SequentialLR:
             "CrossEntropyLoss(reduction='mean', ignore_index=3, label_smoothing=0.0))",
         ),
         (
+            {"criterion": nn.CrossEntropyLoss(torch.ones(4))},
+            {"criterion": nn.CrossEntropyLoss(torch.tensor([9.0, 1, 1, 1]))},
+            "weight=[9.0, 1.0, 1.0, 1.0]) (there CrossEntropyLoss(",
+        ),
+        (
             {"criterion": nn.functional.cross_entropy},
             {"channels_last": True, "recompute": True, "measure_memory": False},
             None,
         ),
     ],
-    ids=["config", "groups", "betas", "cosine", "one cycle", "sequential", "criterion", "harmless"],
+    ids=["config", "groups", "betas", "cosine", "one cycle", "sequential", "criterion", "class weights", "harmless"],
 )
 @pytest.mark.filterwarnings("ignore:Detected call of")
 def test_one_warning_names_what_differs(tmp_path: Path, before: dict, after: dict, message: str | None) -> None:
@@ -124,6 +129,7 @@ def test_what_is_said_is_what_happens(tmp_path: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.01
     assert again.fit(loader(), 3, checkpoint_dir=tmp_path)[-1]["lr"] == 0.01
+    assert warned(tmp_path, learning_rate=0.01, clip_norm=1.0) is None
 
 
 def test_a_schedule_that_counts_something_else(tmp_path: Path) -> None:
@@ -133,6 +139,36 @@ def test_a_schedule_that_counts_something_else(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="training with schedule='epoch', here it is 'step'"):
         other.load(tmp_path)
     assert other.epoch == 0
+
+
+class Growing:
+    """A loader with a batch more in every epoch, as those that sort images by their size may have."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 2 + self.epoch
+
+    def __iter__(self) -> Iterator:
+        return (batch() for _ in range(len(self)))
+
+
+def test_a_loader_whose_length_is_that_of_the_epoch(tmp_path: Path) -> None:
+    def interrupt(trainer, result) -> None:
+        if (trainer.epoch, trainer.position) == (1, 2):
+            raise KeyboardInterrupt
+
+    first, growing = trainer(), Growing()
+    first.fit(growing, 2, on_step=interrupt, checkpoint_dir=tmp_path)
+    assert (first.epoch, first.position) == (1, 2)
+    resumed = trainer()
+    resumed.fit(Growing(), 3, checkpoint_dir=tmp_path, resume=True)
+    first.fit(growing, 3)
+    assert first.epoch == resumed.epoch == 3
 
 
 def test_a_loader_of_another_length(tmp_path: Path) -> None:

@@ -89,8 +89,10 @@ def _check_schedulers(found: Sequence[Any], names: Sequence[str] | None, schedul
             )
 
 
-def _alike(state: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+def _alike(state: Any, ours: Any) -> bool:
     """Whether a scheduler's state has all that ours has, and is made of as many schedulers."""
+    if not isinstance(state, Mapping) or not isinstance(ours, Mapping):
+        return type(state) is type(ours)
     inner, our_inner = state.get("_schedulers", ()), ours.get("_schedulers", ())
     return set(ours) <= set(state) and len(inner) == len(our_inner) and all(map(_alike, inner, our_inner))
 

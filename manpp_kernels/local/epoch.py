@@ -80,6 +80,14 @@ def length_of(loader: Iterable[Any]) -> int | None:
         return None
 
 
+def set_epoch(loader: Iterable[Any], epoch: int) -> None:
+    """Tell a loader and its samplers, where they ask for it, how many epochs are done."""
+    for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        tell = getattr(owner, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+
 def check_trained(totals: EpochTotals, epoch: int) -> None:
     """Raise where an epoch, of this many before, had no batch."""
     if totals.images == 0:
@@ -129,16 +137,13 @@ def batches_from(
     resumed: bool = False,
     ended: bool = False,
 ) -> Iterator[Any]:
-    """The batches of an epoch from number ``position`` on, as if those before had just been used.
+    """The batches of an epoch, which the loader knows of, from number ``position`` on, as if those before had just
+    been used.
 
     The loader is started again with the generators as they were at the epoch's ``start``, so that it draws the same
     order; the batches already used are drawn and dropped; then the generators are put where they were ``now``.
     ``resumed`` says that the epochs before were those of another process, ``ended`` that there are no more batches.
     """
-    for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        set_epoch = getattr(owner, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(epoch)
     fresh = isinstance(loader, DataLoader) and loader.persistent_workers and loader._iterator is None
     if resumed and epoch > 0 and fresh:
         # Its workers were there before this epoch, and with them the random number that the loader draws for them.
@@ -154,10 +159,8 @@ def batches_from(
             raise ValueError(
                 f"{position} batches of this epoch are done, and the loader has only {done}: another loader"
             )
-    if ended:
-        next(iterator, None)  # what a sampler draws at its end is in the past too, such as one more order
     checkpoint.set_rng_state(now, generators)
-    if not ended:
+    if not ended:  # at its end a sampler may draw once more
         yield from iterator
 
 

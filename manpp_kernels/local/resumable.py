@@ -17,10 +17,10 @@ from manpp_kernels import checkpoint
 from manpp_kernels.checkpoint import CheckpointError
 from manpp_kernels.local.agreement import check_fits, classes
 from manpp_kernels.local.config import TrainerConfig
-from manpp_kernels.local.epoch import EpochTotals, batches_from, length_of
+from manpp_kernels.local.epoch import EpochTotals, batches_from, length_of, set_epoch
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.replicas import Alone, Replicas
-from manpp_kernels.local.settings import Settings, check_schedule, differences
+from manpp_kernels.local.settings import Settings, check_schedule, differences, optimizer_settings
 
 CHECKPOINT_NAME = "checkpoint.pt"
 _PROGRESS = {"epoch": "epoch", "position": "position", "ended": "_ended", "batches": "_epoch_length"}
@@ -54,6 +54,10 @@ class Resumable:
     def save(self, path: str | Path) -> None:
         """Write a checkpoint atomically: all that the next step depends on, by rank 0 for all ranks."""
         state = self._state()
+        if (
+            not self.schedulers
+        ):  # a rate that was set since is what goes on; one that a scheduler moves is not a setting
+            self._settings["loaded"] |= optimizer_settings(self.optimizers)
         # Each rank's own: the sums of the epoch so far, and random numbers.
         state.update({part: self._ranks.gather(state[part]) for part in _OF_A_RANK})
         state.update(kind=self._kind(), classes=classes(self.optimizers, self.schedulers), settings=self._settings)
@@ -78,6 +82,9 @@ class Resumable:
         check_fits(state, self._kind(), self._tensors(), self.schedulers, self.optimizers)
         settings = state.get("settings")
         check_schedule(settings, self._settings)
+        different = differences(settings, self._settings)
+        if different is not None and self._ranks.rank == 0:
+            warnings.warn(different, stacklevel=2)
         before = self._kept()
         try:
             state.update({part: state[part][self._ranks.rank] for part in _OF_A_RANK})
@@ -94,11 +101,8 @@ class Resumable:
         # The loader's own generators follow in fit, which has the loader.
         self._loaded_rng = state["rng"]
         self._own |= _continued(file)
-        different = differences(settings, self._settings)
         if settings is not None:
             self._settings = {**self._settings, "loaded": settings["loaded"]}
-        if different is not None and self._ranks.rank == 0:
-            warnings.warn(different, stacklevel=2)
 
     def _state(self) -> dict[str, Any]:
         """What changes in the course of a training; the tensors are the trainer's own."""
@@ -155,7 +159,6 @@ class Resumable:
             self.load(path if resume is True and path is not None else str(resume))
         if path is not None:
             self._ranks.first(functools.partial(checkpoint.check_place, path))
-        self._check_length(length_of(loader))
         self._generators = checkpoint.loader_generators(loader)
         return path
 
@@ -170,6 +173,8 @@ class Resumable:
 
     def _batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """The rest of the epoch's batches."""
+        set_epoch(loader, self.epoch)
+        self._check_length(length_of(loader))
         resumed = self._loaded_rng is not None
         now, self._loaded_rng = self._loaded_rng or self._rng_state(), None
         if self.position == 0:
@@ -191,6 +196,20 @@ class Resumable:
                 self.save(path)
             raise
         return self._ranks.totals(totals)
+
+    def _save_with(self, callback: Callable[[], None] | None, path: Path | None) -> None:
+        """Save an epoch with what the callback after it changes; without, where the callback fails."""
+        if path is not None and self._ranks.count > 1:  # which could not agree on it afterwards
+            self.save(path)
+        try:
+            if callback is not None:
+                callback()
+        except BaseException:
+            if path is not None and self._ranks.count == 1:
+                self.save(path)
+            raise
+        if path is not None:
+            self.save(path)
 
     def _checkpoint_file(self, folder: str | Path | None, every: int | None, resume: bool | str | Path) -> Path | None:
         """Where ``fit`` keeps its checkpoint, if anywhere; raises where one of another training would be lost."""

@@ -87,7 +87,8 @@ def _differing(found: Mapping[str, str], ours: Mapping[str, str]) -> Iterator[tu
 
 
 def _of_scheduler(scheduler: Any) -> Iterator[tuple[str, Any]]:
-    for key, value in scheduler.state_dict().items():
+    state = scheduler.state_dict()
+    for key, value in state.items() if isinstance(state, Mapping) else ():
         if key not in _LEFT_OUT and (not key.startswith("_") or key == "_milestones"):
             yield f"{type(scheduler).__name__}.{key.lstrip('_')}", value
     for inner in getattr(scheduler, "_schedulers", ()):
@@ -116,11 +117,17 @@ def _shown(value: Any) -> str | None:
     return repr(value) if value is None or isinstance(value, bool | int | float | str) else None
 
 
+def _short(t: Tensor) -> str:
+    """A tensor's numbers, or how many and their sum."""
+    return repr(t.tolist()) if t.numel() <= 16 else f"{t.numel()} numbers with the sum {float(t.sum()):g}"
+
+
 def _criterion(criterion: Criterion | None) -> str | None:
     """Its name and numbers; None where it is neither a module nor a plain function."""
     if criterion is None:
         return "cross_entropy"
     if isinstance(criterion, nn.Module):
         values = {k: _shown(v) for k, v in vars(criterion).items() if not k.startswith("_") and k != "training"}
+        values |= {name: _short(buffer) for name, buffer in criterion.named_buffers()}
         return f"{type(criterion).__name__}({', '.join(f'{k}={v}' for k, v in values.items() if v is not None)})"
     return criterion.__qualname__ if inspect.isfunction(criterion) else None
