@@ -1,7 +1,5 @@
 #include "mix_tensors.h"
 
-#include <algorithm>
-
 namespace manpp {
 
 namespace {
@@ -18,11 +16,6 @@ std::pair<Tensor, ChannelLayout> with_channel_layout(const Tensor& x, const Tens
     layout = channel_layout(y, scale);
   }
   return {y, *layout};
-}
-
-bool same_sizes(const Tensor& a, const Tensor& b) {
-  auto left = a.sizes(), right = b.sizes();
-  return std::equal(left.begin(), left.end(), right.begin(), right.end());
 }
 
 } // namespace

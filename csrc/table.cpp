@@ -40,7 +40,7 @@ DType dtype_of(const Tensor& t) {
   return type;
 }
 
-static bool same_sizes(const Tensor& a, const Tensor& b) {
+bool same_sizes(const Tensor& a, const Tensor& b) {
   auto x = a.sizes();
   auto y = b.sizes();
   return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());

@@ -24,6 +24,7 @@ DType dtype_of(const Tensor& t);
 // The same for a dtype as the C shim numbers it; false where it is none of the four.
 bool find_dtype(int32_t number, DType* type);
 int32_t dtype_number(DType type);
+bool same_sizes(const Tensor& a, const Tensor& b);
 bool same_layout(const Tensor& a, const Tensor& b);
 
 // Whether the elements of t fill one stretch of memory, in whatever order.
