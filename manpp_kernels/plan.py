@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,8 +51,8 @@ class _CompiledLaunch:
 
     @staticmethod
     def build(lists: _Lists) -> _CompiledLaunch | None:
-        if importlib.util.find_spec("manpp_kernels._plan") is None:
-            return None  # compiled for another version of Python, as the operators' library is not
+        if not backends.PLANS_COMPILED:
+            return None
         address = torch.ops.manpp_kernels._plan_create(
             lists.ema, lists.params, lists.bias, lists.groups, lists.total, lists.weights
         )

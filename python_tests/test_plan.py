@@ -15,7 +15,7 @@ from reference import DTYPES, LAYOUTS, SIZES, Sample, assert_effective_weights, 
 from torch import Tensor
 
 import manpp_kernels
-from manpp_kernels import EmaPlan, ema_scale_update
+from manpp_kernels import EmaPlan, backends, ema_scale_update
 from manpp_kernels.cli import doctor
 
 SHAPES = [(3,), (2, 5), (2, 3, 4, 5), (0, 2), ()]
@@ -257,7 +257,7 @@ def test_the_backend_may_change_between_updates(target: Target) -> None:
 
 def test_compiled_for_another_python(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators' library serves every Python, that of the plans one version: plans then run the operators."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "manpp_kernels._plan" else name)
+    monkeypatch.setattr(backends, "PLANS_COMPILED", False)
     ema, params = torch.randn(2, 8, device=target.device).unbind()
     before = clones([ema])
     plan = EmaPlan(ema, params)

@@ -38,6 +38,8 @@ def _load_compiled() -> tuple[bool, bool, str]:
 
 
 CPU_COMPILED, CUDA_COMPILED, LOAD_ERROR = _load_compiled()
+# The operators' library serves every version of Python, that of launch plans the one it was compiled for.
+PLANS_COMPILED = CPU_COMPILED and importlib.util.find_spec("manpp_kernels._plan") is not None
 
 
 def triton_interpreted() -> bool:

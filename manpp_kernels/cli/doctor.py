@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -82,7 +81,7 @@ def _compiled() -> str:
 
     architectures = _C.cuda_architectures()
     found = f"cpu, cuda ({architectures})" if architectures else "cpu"
-    if importlib.util.find_spec("manpp_kernels._plan") is None:  # unlike the operators, for one version of Python alone
+    if not backends.PLANS_COMPILED:
         found += (
             f"; plans (EmaPlan) not for Python {platform.python_version()}, where they use the operators: reinstall"
         )
