@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import itertools
 import threading
 import time
@@ -309,7 +308,11 @@ class LocalTrainer(Resumable):
                 while self.epoch < epochs and not interrupt.is_set():
                     if self._train_epoch(loader, interrupt, on_step, path, checkpoint_every):
                         self._finish_epoch(val_loader, path)
-                        self._save_with(functools.partial(on_epoch, self, self.history[-1]) if on_epoch else None, path)
+                        with self._kept_in(path):
+                            if on_epoch is not None:
+                                on_epoch(self, self.history[-1])
+                        if path is not None:  # with what the callback changed, such as a learning rate
+                            self.save(path)
             except KeyboardInterrupt:
                 if self._stepping or self._ranks.count > 1:  # half a step is no state to save
                     raise

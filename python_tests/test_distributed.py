@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import traceback
 from pathlib import Path
@@ -155,19 +156,22 @@ def _local_training(rank: int) -> None:
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+def _trainer(rank: int, rule: str) -> LocalTrainer:
+    torch.manual_seed(rank)
+    config = TrainerConfig(rule=rule, data_parallel=True)
+    return LocalTrainer(CifarResNet((1, 1, 1), 4, widths=(8, 8, 8)), config, example=(3, 8, 8))
+
+
+def _loader(data: TensorDataset) -> DataLoader:
+    return DataLoader(data, batch_size=4, sampler=DistributedSampler(data))
+
+
 def _local_epochs(rank: int) -> None:
     """History, running statistics and checkpoints: the same on every rank, and resuming is exact."""
     folder = Path("run")
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 4)
-
-    def trainer() -> LocalTrainer:
-        torch.manual_seed(rank)
-        config = TrainerConfig(rule="man++", data_parallel=True)
-        return LocalTrainer(CifarResNet((1, 1, 1), 4, widths=(8, 8, 8)), config, example=(3, 8, 8))
-
-    def loader() -> DataLoader:
-        return DataLoader(data, batch_size=4, sampler=DistributedSampler(data))
+    trainer, loader = functools.partial(_trainer, rank, "man++"), functools.partial(_loader, data)
 
     whole = trainer()
     history = whole.fit(loader(), 3, val_loader=loader())
@@ -194,14 +198,7 @@ def _local_epochs(rank: int) -> None:
 def _failing_validation(rank: int) -> None:
     """The ranks cannot agree on a checkpoint once one of them has failed: it is there before."""
     data = TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 4)
-
-    def trainer() -> LocalTrainer:
-        torch.manual_seed(rank)
-        config = TrainerConfig(rule="dgl", data_parallel=True)
-        return LocalTrainer(CifarResNet((1, 1, 1), 4, widths=(8, 8, 8)), config, example=(3, 8, 8))
-
-    def loader() -> DataLoader:
-        return DataLoader(data, batch_size=4, sampler=DistributedSampler(data))
+    trainer, loader = functools.partial(_trainer, rank, "dgl"), functools.partial(_loader, data)
 
     def broken() -> Any:
         yield data[:4]

@@ -131,12 +131,12 @@ class TrainerConfig:
 
 def make_optimizers(make: OptimizerFactory, groups: Sequence[list[torch.nn.Parameter]]) -> list[torch.optim.Optimizer]:
     """An optimizer for each list of parameters; raises where the trainer does not know how to step one."""
-    if not callable(make):
-        raise TypeError(
-            "optimizer has to be a function that makes an optimizer of a list of parameters, those of the auxiliary "
-            "networks among them, such as lambda parameters: torch.optim.SGD(parameters, lr=0.1), and is of the class "
-            f"{type(make).__name__}"
-        )
+    _check_factory(
+        "optimizer",
+        make,
+        "a list of parameters, those of the auxiliary networks among them, such as lambda parameters: "
+        "torch.optim.SGD(parameters, lr=0.1)",
+    )
     optimizers = [make(group) for group in groups]
     _check_optimizers(optimizers, groups)
     return optimizers
@@ -148,14 +148,21 @@ def make_schedulers(
     """A scheduler for each optimizer, or none; raises where the trainer does not know how to step one."""
     if make is None:
         return []
-    if not callable(make):
-        raise TypeError(
-            "scheduler has to be a function that makes a scheduler of an optimizer, such as lambda optimizer: "
-            f"torch.optim.lr_scheduler.StepLR(optimizer, 30), and is of the class {type(make).__name__}"
-        )
+    _check_factory(
+        "scheduler",
+        make,
+        "an optimizer, such as lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 30)",
+    )
     schedulers = [make(optimizer) for optimizer in optimizers]
     _check_schedulers(schedulers, schedule)
     return schedulers
+
+
+def _check_factory(name: str, make: Any, of: str) -> None:
+    if not callable(make):
+        raise TypeError(
+            f"{name} has to be a function that makes one for {of}, and is of the class {type(make).__name__}"
+        )
 
 
 def _check_optimizers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -185,31 +186,22 @@ class Resumable:
 
     def _validate(self, loader: Iterable[Any], path: Path | None) -> EpochTotals:
         """Evaluate after an epoch; where that fails, the epoch is in the checkpoint, and is validated on resuming."""
-        if path is not None and self._ranks.count > 1:  # which could not agree on it afterwards
-            self.save(path)
-        try:
-            # Whatever it draws is not missed in the training: the workers of a loader, new or persistent, among it.
-            with checkpoint.kept_rng_state(self._generators):
-                totals = self._evaluate(loader)
-        except BaseException:
-            if path is not None and self._ranks.count == 1:
-                self.save(path)
-            raise
+        # Whatever it draws is not missed in the training: the workers of a loader, new or persistent, among it.
+        with self._kept_in(path), checkpoint.kept_rng_state(self._generators):
+            totals = self._evaluate(loader)
         return self._ranks.totals(totals)
 
-    def _save_with(self, callback: Callable[[], None] | None, path: Path | None) -> None:
-        """Save an epoch with what the callback after it changes; without, where the callback fails."""
+    @contextlib.contextmanager
+    def _kept_in(self, path: Path | None) -> Iterator[None]:
+        """What was trained is in the checkpoint, if there is to be one, where what is inside fails."""
         if path is not None and self._ranks.count > 1:  # which could not agree on it afterwards
             self.save(path)
         try:
-            if callback is not None:
-                callback()
+            yield
         except BaseException:
             if path is not None and self._ranks.count == 1:
                 self.save(path)
             raise
-        if path is not None:
-            self.save(path)
 
     def _checkpoint_file(self, folder: str | Path | None, every: int | None, resume: bool | str | Path) -> Path | None:
         """Where ``fit`` keeps its checkpoint, if anywhere; raises where one of another training would be lost."""
