@@ -304,7 +304,7 @@ def test_training_learns() -> None:
     data = DataLoader(TensorDataset(images, targets), batch_size=16, shuffle=True)
     for config in ({}, {"order": "unlocked", "rule_options": {"form": "parameter"}}):
         trainer = small_trainer(optimizer=functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9), **config)
-        history = trainer.fit(data, 12, val_loader=data)
+        history = trainer.fit(data, 20, val_loader=data)
         assert history[-1]["train_acc"] > 0.9
         assert history[-1]["val_acc"] > 0.8
 
