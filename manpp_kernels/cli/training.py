@@ -105,6 +105,7 @@ def _train(
             torch.manual_seed(run.seed + ranks.rank)
         if resume is not None:
             with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")  # also what another run in this process has heard
                 trainer.load(resume)
             for warning in caught:
                 display.console.print(str(warning.message), style="yellow")
