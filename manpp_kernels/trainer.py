@@ -36,6 +36,7 @@ from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
 from manpp_kernels.local.partition import evaluating, partition
 from manpp_kernels.local.parts import adapt
+from manpp_kernels.local.recompute import Recomputed
 from manpp_kernels.local.replicas import Alone, Replicas
 from manpp_kernels.local.resumable import CHECKPOINT_NAME, Resumable
 from manpp_kernels.local.rules import make_rule
@@ -107,15 +108,16 @@ class LocalTrainer(Resumable):
         self.model = model.to(self.device)
         blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
         parts = partition(model, blocks, example=example, balance=config.balance, recompute=config.recompute)
-        if parts.parts.recomputed and (config.compile is not None or config.cuda_graphs):
-            raise ValueError(
-                "units that are recomputed (activation checkpointing) go with neither compile nor cuda_graphs"
-            )
+        if parts.parts.recomputed and config.compile is not None:
+            raise ValueError("units that are recomputed (activation checkpointing) do not go with compile")
         self._criterion = make_criterion(criterion, config.label_smoothing, self.device)
         self._labels, self._ignored = takes_class_numbers(criterion), ignored_label(criterion)
         self._answers = answers_to(criterion)
         # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
         self.network = LocalNetwork(parts, rule, self._criterion, num_classes).to(memory_format=self._layout)
+        for module in self.network.modules():
+            if isinstance(module, Recomputed):
+                module.capturable = config.cuda_graphs
         self._ranks = Replicas(self.network.persistent_tensors(), self.device) if config.data_parallel else Alone()
         self._amp_dtype = AMP_DTYPES[config.amp]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from manpp_kernels.local.graphs import StepGraph
+from manpp_kernels.local.recompute import Recomputed
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -28,6 +29,8 @@ CASES = {
     "lookahead": {"rule": "lookahead"},
     "mlaan": {"rule": "mlaan"},
     "accumulated, clipped": {"rule": "man++", "accumulate": 2, "clip_norm": 0.5},
+    "recomputed": {"rule": "e2e", "recompute": True},
+    "blocks recomputed": {"rule": "man++", "blocks": 2, "recompute": True},
 }
 
 
@@ -112,6 +115,9 @@ class Recorder:
 def recorded(trainer: LocalTrainer, *criteria: torch.nn.Module) -> Recorder:
     """Put a graph into a trainer on the CPU."""
     recorder = Recorder(trainer)
+    for module in trainer.network.modules():
+        if isinstance(module, Recomputed):
+            module.capturable = True
     device: Any = recorder
     trainer._graph = StepGraph(trainer._compute, [trainer.network, *criteria], trainer.optimizers, device)
     return recorder

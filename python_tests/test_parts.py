@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from manpp_kernels.local.parts import Recomputed
+from manpp_kernels.local.recompute import Recomputed
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -63,3 +63,24 @@ def test_a_power_iteration_goes_on_once_a_step(normalised, config: dict) -> None
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
 
     assert_alike(model, **config)
+
+
+class DrawingOnTheHost(nn.Module):
+    """Stochastic depth by the host's random numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if torch.rand(()) < 0.5 else x * 2
+
+
+@pytest.mark.parametrize("draws", [nn.Dropout(0.1), DrawingOnTheHost()])
+def test_a_unit_in_a_graph_draws_no_random_numbers(draws: nn.Module) -> None:
+    unit = Recomputed(nn.Sequential(nn.Linear(4, 4), draws))
+    x = torch.randn(2, 4)
+    unit(x).sum().backward()  # anywhere else it may
+    unit.capturable = True
+    with pytest.raises(RuntimeError, match=r"a unit \(Sequential\) draws random numbers"):
+        unit(x)
+    with torch.no_grad():  # nothing is recomputed
+        unit(x)
+    unit.unit[1] = nn.Identity()
+    unit(x).sum().backward()

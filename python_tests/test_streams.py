@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "auglocal, unlocked": {"rule": "auglocal", "order": "unlocked"},
     "man++, stages": {"rule": "man++", "rule_options": {"units": "stages"}},
     "compiled": {"rule": "dgl", "blocks": 3, "compile": "aot_eager"},
+    "recomputed": {"rule": "dgl", "blocks": 3, "recompute": True},
     "accumulated, clipped": {"rule": "man++", "accumulate": 2, "clip_norm": 0.5},
     "accumulated, clipped, unlocked": {"rule": "man++", "accumulate": 2, "clip_norm": 0.5, "order": "unlocked"},
 }

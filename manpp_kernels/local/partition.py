@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels.local.memory import saved_bytes_of
-from manpp_kernels.local.parts import Parts, Recomputed, adapt
+from manpp_kernels.local.parts import Parts, adapt
+from manpp_kernels.local.recompute import Recomputed
 
 
 @dataclass(frozen=True)

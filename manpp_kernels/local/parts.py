@@ -13,15 +13,10 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from manpp_kernels.models import cifar_resnet
 
@@ -58,62 +53,6 @@ class Parts:
     head: nn.Module
     init: Callable[[nn.Module], None] = reset_parameters
     recomputed: bool = False
-
-
-class Recomputed(nn.Module):
-    """A unit that runs once more in the backward pass: activation checkpointing.
-
-    Its batch normalisations count a batch once, though they see it twice; and spectral normalisations begin their power
-    iteration the second time where they began it the first.
-    """
-
-    def __init__(self, unit: nn.Module) -> None:
-        super().__init__()
-        self.unit = unit
-        self._norms = [m for m in unit.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self._vectors = list(_power_iteration_vectors(unit))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A unit with nothing to train, behind nothing to train, has no backward pass: it keeps nothing as it is.
-        wanted = x.requires_grad or any(p.requires_grad for p in self.unit.parameters())
-        if not (wanted and torch.is_grad_enabled()):
-            return self.unit(x)  # type: ignore[no-any-return]
-        # The reentrant form runs the unit once more by ordinary autograd, so that a meter of saved tensors sees what it
-        # keeps. It asks for an input that requires grad, which that of a block's first unit does not.
-        wants_grad = torch.empty(0, device=x.device, requires_grad=True)
-        start = [getattr(m, name).clone() for m, name in self._vectors]
-        result: Tensor = checkpoint(functools.partial(self._run, start), x, wants_grad, use_reentrant=True)
-        return result
-
-    def _run(self, start: list[Tensor], x: Tensor, _: Tensor) -> Tensor:
-        with self._uncounted(start) if torch.is_grad_enabled() else nullcontext():  # the second time
-            return self.unit(x)  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _uncounted(self, start: list[Tensor]) -> Iterator[None]:
-        before = [(m, m.momentum, m.num_batches_tracked) for m in self._norms]
-        vectors = [getattr(m, name) for m, name in self._vectors]
-        for m in self._norms:
-            m.momentum, m.num_batches_tracked = 0.0, None
-        # In the place of the vectors themselves, which stay where this run's forward pass, or a later one, moved them.
-        for (owner, name), value in zip(self._vectors, start, strict=True):
-            setattr(owner, name, value)
-        try:
-            yield
-        finally:
-            for m, momentum, batches in before:
-                m.momentum, m.num_batches_tracked = momentum, batches
-            for (owner, name), value in zip(self._vectors, vectors, strict=True):
-                setattr(owner, name, value)
-
-
-def _power_iteration_vectors(unit: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The buffers that a forward pass of a spectral normalisation moves, of both of PyTorch's kinds."""
-    for m in unit.modules():
-        names = ["_u", "_v"] if isinstance(m, parametrizations._SpectralNorm) else []
-        for hook in m._forward_pre_hooks.values():
-            names += [f"{hook.name}_u", f"{hook.name}_v"] if isinstance(hook, SpectralNorm) else []
-        yield from ((m, name) for name in names if name in m._buffers)  # a vector is normalised without any
 
 
 @functools.singledispatch
