@@ -147,8 +147,13 @@ def step_seconds(trainer: Trains, batch: tuple[Tensor, Tensor], steps: int) -> f
     return (time.perf_counter_ns() - start) * 1e-9 / steps
 
 
-def measure(network: str, variants: list[str], rounds: int | None = None) -> list[dict[str, Any]]:
-    """A row for each variant."""
+def measure(
+    network: str, variants: list[str], rounds: int | None = None, *, prepare: float | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str], list[str]]:
+    """A row for each variant; for those that have none, the reason; and which of these failed.
+
+    A variant that fails, or whose turn to be made ready comes after ``prepare`` seconds, costs the others nothing.
+    """
     blocks, usual = NETWORKS[network]
     rounds = rounds or usual
     steps = 3 if GPU and not QUICK else 1
@@ -156,17 +161,26 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
     batch = torch.randn(BATCH, *IMAGE, device=DEVICE), torch.randint(0, CLASSES, (BATCH,), device=DEVICE)
     trainers: dict[str, Trains] = {}
     memory: dict[str, dict[str, int]] = {}
-    for name in variants:
-        torch.manual_seed(0)
-        trainer = VARIANTS[name](MODELS[network](CLASSES).to(DEVICE).train())
-        trainer.step(batch)  # the optimizer's state, the plans, the choice of convolutions
-        memory[name] = step_memory(trainer, batch)
-        graph: StepGraph | None = getattr(trainer, "_graph", None)
-        for _ in range(StepGraph.WARM_UP if graph is not None else 0):  # so that nothing is captured in timed steps
-            trainer.step(batch)
-        if graph is not None:
-            memory[name]["allocated_bytes"] = graph.graph_bytes
-        trainers[name] = trainer
+    left_out: dict[str, str] = {}
+    failed: list[str] = []
+    begin = time.perf_counter()
+    # Compiling may take minutes: what comes last, and is left out first.
+    for name in sorted(variants, key=lambda name: "compiled" in name):
+        taken = time.perf_counter() - begin
+        if prepare is not None and taken > prepare:
+            left_out[name] = f"its turn to be made ready came after {taken:.0f} s"
+            continue
+        try:
+            trainers[name], memory[name] = make_ready(network, name, batch)
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+            failed.append(name)
+    for name, why in left_out.items():
+        print(f"{network}, {name}: left out ({why})", file=sys.stderr, flush=True)
+    variants = [name for name in variants if name in trainers]
+    if not variants:
+        return [], left_out, failed
+    trainers = {name: trainers[name] for name in variants}
     times: dict[str, list[float]] = {name: [] for name in variants}
     again: list[float] = []
     for _ in range(rounds):
@@ -175,7 +189,7 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
         again.append(step_seconds(trainers[variants[0]], batch, steps))
     kind = "allocated_bytes" if GPU else "saved_bytes"
     medians = {name: statistics.median(t) for name, t in times.items()}
-    return [
+    rows = [
         {
             "network": network,
             "blocks": blocks,
@@ -196,6 +210,21 @@ def measure(network: str, variants: list[str], rounds: int | None = None) -> lis
         }
         for name in variants
     ]
+    return rows, left_out, failed
+
+
+def make_ready(network: str, name: str, batch: tuple[Tensor, Tensor]) -> tuple[Trains, dict[str, int]]:
+    """A trainer that has nothing left to set up, and what a step of it takes in memory."""
+    torch.manual_seed(0)
+    trainer = VARIANTS[name](MODELS[network](CLASSES).to(DEVICE).train())
+    trainer.step(batch)  # the optimizer's state, the plans, the choice of convolutions
+    memory = step_memory(trainer, batch)
+    graph: StepGraph | None = getattr(trainer, "_graph", None)
+    for _ in range(StepGraph.WARM_UP if graph is not None else 0):  # so that nothing is captured in timed steps
+        trainer.step(batch)
+    if graph is not None:
+        memory["allocated_bytes"] = graph.graph_bytes
+    return trainer, memory
 
 
 def peer(name: str) -> str:
@@ -234,18 +263,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--network", action="append", choices=list(NETWORKS), help="may be repeated [all]")
     parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="may be repeated [all]")
     parser.add_argument("--rounds", type=int, metavar="N", help="steps of each variant that are timed")
+    parser.add_argument(
+        "--prepare", type=float, metavar="SECONDS", help="leave out what has not begun to be made ready by then"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    failures: list[str] = []
     for network in args.network or NETWORKS:
         # Compiling takes minutes: for the larger network, and on a CPU, where it gains nothing, only when asked for.
         usual = [name for name in VARIANTS if "compiled" not in name or (GPU and network != "resnet110")]
-        rows += measure(network, args.variant or usual, args.rounds)
+        found, left_out, failed = measure(network, args.variant or usual, args.rounds, prepare=args.prepare)
+        rows += found
+        missing |= {f"{network}, {name}": why for name, why in left_out.items()}
+        failures += failed
         gc.collect()
         if args.json is not None:  # after each network, so that a time limit leaves what there is
-            write_json(args.json, {"environment": environment(), "rows": rows})
+            content = {"environment": environment(), **({"left_out": missing} if missing else {}), "rows": rows}
+            write_json(args.json, content)
     print(table(rows))
-    return 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -107,6 +107,26 @@ def test_training(bench, tmp_path, capsys):
     assert rows["MAN++ parameter form"]["saved_bytes"] < rows["MAN++ activation form"]["saved_bytes"]
 
 
+def test_a_variant_of_training_that_cannot_be_made_costs_the_others_nothing(bench, tmp_path, monkeypatch, capsys):
+    training, path = bench("training"), tmp_path / "training.json"
+
+    def fails(model):
+        raise RuntimeError("no such kernel\nand so on")
+
+    variants = {"broken": fails, "late": training.VARIANTS["e2e"], "e2e": training.VARIANTS["e2e"]}
+    monkeypatch.setattr(training, "VARIANTS", variants)
+    assert training.main(["--rounds", "1", "--json", str(path)]) == 1
+    assert "broken: left out (RuntimeError: no such kernel)" in capsys.readouterr().err
+    content = json.loads(path.read_text())
+    assert [r["variant"] for r in content["rows"]] == ["late", "e2e"]
+    assert content["left_out"] == {"resnet20, broken": "RuntimeError: no such kernel"}
+
+    assert training.main(["--variant", "late", "--prepare", "-1", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert content["rows"] == []
+    assert "came after 0 s" in content["left_out"]["resnet20, late"]
+
+
 def test_plain_man_pp_takes_the_step_of_the_trainer(bench):
     """What our speed is compared with has to compute the same."""
     plain_man_pp = bench("eager_man_pp").EagerManPlusPlus
