@@ -70,6 +70,11 @@ class _CompiledLaunch:
         )
 
 
+def _stream(device: torch.device) -> int:
+    """The stream that a launch goes to now, as a number."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class _TritonLaunch:
     """By Triton, with its table kept on the device; the tensors are watched from here."""
 
@@ -100,9 +105,13 @@ class _TritonLaunch:
             # A table that is built inside a capture is written when that graph runs: of use to no other launch.
             self._table = build_table(lists.ema, lists.params, lists.bias, lists.weights, lists.groups)
             self._built = not capturing
-        elif capturing and self._table is not None:
+            self._stream = _stream(device)
+        elif self._table is not None and (capturing or _stream(device) != self._stream):
             for t in (self._table.buffer, *self._table.keep):
-                backends.keep_for_graphs(t)
+                if capturing:
+                    backends.keep_for_graphs(t)
+                else:  # or the allocator would reuse it, once the plan is gone, without regard to this stream
+                    t.record_stream(torch.cuda.current_stream(device))
         value, tensor = _checks.split_momentum(momentum)
         launch(self._table, value, tensor, scale, lists.total, seed)
         return True

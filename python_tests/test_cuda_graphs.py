@@ -174,3 +174,25 @@ def test_two_streams_at_once(backend: str) -> None:
         torch.cuda.synchronize()
     for results, right in zip(found, exact, strict=True):
         assert_same(results, right)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_plan_may_go_while_another_stream_still_runs_its_update(backend: str) -> None:
+    work, expected = Work(0), Work(0)
+    ema_scale_update(expected.ema, expected.params, 0.5)
+    ema_scale_update(expected.ema, expected.params, 0.5)
+    stream = torch.cuda.Stream()
+    with manpp_kernels.use_backend(backend):
+        plan = EmaPlan(work.ema, work.params)
+        plan.update(0.5)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            plan.update(0.5)
+        del plan
+        # Whatever its table took, these take now.
+        junk = [torch.full((n,), -1, dtype=torch.int64, device="cuda") for n in (64, 512, 4096) for _ in range(64)]
+        torch.cuda.synchronize()
+    assert junk
+    for a, b in zip(work.ema, expected.ema, strict=True):
+        torch.testing.assert_close(a, b)
