@@ -10,8 +10,9 @@ from naive_local import batch_norm, below, cross_entropy, unit
 from naive_rules import NaiveRule, assert_steps_agree, auxiliary_sizes, conv, make_pair, small_batch, small_model
 
 from manpp_kernels.local import make_rule
+from manpp_kernels.local.decoder import Decoder
 from manpp_kernels.local.losses import supervised_contrastive
-from manpp_kernels.local.rules.infopro import weight_at
+from manpp_kernels.local.rules.infopro import infopro_head, weight_at
 from manpp_kernels.models import resnet32, resnet110
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -153,6 +154,15 @@ def test_sizes_of_the_published_networks(make, per_stage: int, loss: str, output
     assert auxiliary_sizes("infopro", {"loss": loss}, make()) == expected
 
 
+@pytest.mark.parametrize(
+    ("channels", "width", "stride"), [(16, 32, 2), (32, 64, 2), (48, 64, 2), (64, 64, 1), (256, 256, 1), (2048, 512, 1)]
+)
+def test_the_convolution_of_the_head(channels: int, width: int, stride: int) -> None:
+    """How many parameters it has does not tell its stride."""
+    convolution = infopro_head(torch.Size((2, channels, 8, 8)), 10)[0]
+    assert (convolution.out_channels, convolution.stride) == (width, (stride, stride))
+
+
 def test_sizes_as_the_host_of_man_plus_plus() -> None:
     """A trainable copy of the next unit, s, and the host on what the unit gives."""
     plain = {c: 2 * (9 * c * c + 2 * c) for c in (16, 32, 64)}
@@ -186,6 +196,16 @@ def test_images_that_were_normalised_need_mean_and_std() -> None:
         LocalTrainer(
             small_model(), TrainerConfig(rule="infopro", rule_options={"mean": (0.5, 0.5)}), example=(3, 16, 16)
         )
+
+
+def test_images_that_pass_the_ends_by_rounding_are_cut() -> None:
+    shape = torch.Size((4, 3, 8, 8))
+    decoder = Decoder(shape, shape)
+    features, images = torch.rand(shape), torch.rand(shape) * 1.02 - 0.01
+    decoder.before_forward(images)
+    assert images.max() > 1
+    assert images.min() < 0
+    assert torch.equal(decoder(features, images), decoder(features, images.clamp(0, 1)))
 
 
 def test_inputs_that_are_no_images() -> None:
