@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from manpp_kernels.local import Parts, adapt, measure_step_memory, partition
-from manpp_kernels.local.partition import _minimax
+from manpp_kernels.local.partition import Segment, _block_bytes, _minimax
 from manpp_kernels.local.parts import reset_parameters
 from manpp_kernels.models import CifarResNet, resnet20, resnet32, resnet110
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
@@ -129,6 +129,14 @@ def test_balancing_by_memory_knows_what_recomputed_units_keep() -> None:
     assert peak(3, balance="memory") <= 1.02 * best
 
 
+def test_what_a_block_of_recomputed_units_keeps() -> None:
+    """By hand: the stem all it saves, a unit its input; and while a unit runs once more, what it saves itself."""
+    outputs, saved = ((2, 5), (2, 3), (2, 2)), (100, 40, 60)
+    segments = [Segment("", nn.Identity(), torch.Size(y), n, False) for y, n in zip(outputs, saved, strict=True)]
+    assert _block_bytes(segments, False, 4) == [[100, 140, 200], [40, 100], [60]]
+    assert _block_bytes(segments, True, 4) == [[100, 140, 100 + 4 * 5 + 60], [40, 4 * 5 + 60], [60]]
+
+
 def test_minimax_is_the_best_of_all_partitions() -> None:
     generator = torch.Generator().manual_seed(0)
     for n in range(1, 8):
@@ -154,6 +162,14 @@ def test_measuring_changes_nothing() -> None:
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_measuring_dropouts_draws_no_random_numbers() -> None:
+    units = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(3)]
+    model = nn.Sequential(*units, nn.Linear(4, 2))
+    random = torch.get_rng_state()
+    partition(model, 2, example=(4,), balance="memory")
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_sequential() -> None:
