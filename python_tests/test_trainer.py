@@ -158,6 +158,18 @@ def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path: Path) ->
     assert other._scaler.get_scale() == 64.0
 
 
+@pytest.mark.parametrize("order", ["published", "unlocked"])
+def test_clipping_is_of_gradients_without_the_scale_of_fp16(order: str) -> None:
+    data, moved = batch(), []
+    for scale in (1.0, 1024.0):
+        trainer = small_trainer(amp="fp16", clip_norm=0.05, order=order)
+        trainer._scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        start = copy.deepcopy(trainer.model.fc.weight)
+        trainer.step(data)
+        moved.append(trainer.model.fc.weight - start)
+    torch.testing.assert_close(*moved, rtol=0.05, atol=1e-5)
+
+
 def test_channels_last_gives_the_same() -> None:
     # Eight channels at least: in this format, strided 1x1 convolutions of PyTorch 2.14 from fewer channels write past
     # their memory on a CPU with one thread (a bare Conv2d(4, 6, 1, stride=2) does).
