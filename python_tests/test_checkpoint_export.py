@@ -1,4 +1,4 @@
-"""Weights that leave the package: models whose state is more than tensors."""
+"""Weights that leave the package: copies, also of models whose state is more than tensors."""
 
 from __future__ import annotations
 
@@ -43,6 +43,15 @@ def test_extra_state_is_exported_as_it_is(rule: str) -> None:
     loaded = model()
     loaded.load_state_dict(exported)
     assert loaded[2].extra["calls"] == 3  # a copy
+
+
+def test_what_is_exported_stays_as_it_was() -> None:
+    trainer = LocalTrainer(model(), TrainerConfig(rule="dgl"), example=(5,))
+    exported = trainer.export_state_dict()
+    before = {key: value.clone() for key, value in exported.items() if isinstance(value, torch.Tensor)}
+    trainer.step((torch.rand(4, 5), torch.arange(4)))
+    assert all(torch.equal(exported[key], value) for key, value in before.items())
+    assert not torch.equal(trainer.model[0].weight, before["0.weight"])
 
 
 def test_a_safetensors_file_holds_tensors_alone(tmp_path: Path) -> None:
