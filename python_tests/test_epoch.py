@@ -1,0 +1,43 @@
+"""What ``fit`` keeps track of over an epoch: by a clock of the test's own, which times are whose."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from manpp_kernels.trainer import LocalTrainer, StepResult, TrainerConfig
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [((10.0, 1.0, 3.0), (14.0, 2.0, 24 / 14)), ((10.0,), (10.0, 10.0, 0.8))],
+)
+def test_times_are_of_the_steps_alone_and_the_first_is_none_of_many(
+    steps: tuple[float, ...], expected: tuple[float, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step measures memory; checkpoints are no part of the training's time."""
+    now, durations = 0.0, iter(steps)
+
+    class Clocked(LocalTrainer):
+        def step(self, batch: Any) -> StepResult:
+            nonlocal now
+            now += next(durations)
+            return super().step(batch)
+
+        def save(self, path: str | Path) -> None:
+            nonlocal now
+            now += 1000.0
+            super().save(path)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    trainer = Clocked(model, TrainerConfig(rule="dgl"), example=(4,))
+    batches = [(torch.rand(8, 4), torch.arange(8) % 3) for _ in steps]
+    (row,) = trainer.fit(batches, 1, checkpoint_dir=tmp_path, checkpoint_every=1)
+    found = tuple(row[name] for name in ("seconds", "seconds_per_step", "images_per_second"))
+    assert found == pytest.approx(expected)
