@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from manpp_kernels.data import (
     load,
     training_loader,
 )
-from manpp_kernels.data.datasets import DEBIAN_FASHION_MNIST, FileImages, read_idx
+from manpp_kernels.data.datasets import DEBIAN_FASHION_MNIST, FileImages, _by_train, read_idx
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -59,6 +61,8 @@ class TestDatasets:
         assert data.train.images.shape == (1437, 1, 32, 32)
         assert data.train.images.dtype == torch.uint8
         assert data.train.images.amax() == 255
+        std, mean = torch.std_mean(load("digits", size=8).train.images / 255)  # as they come
+        assert (data.mean[0], data.std[0]) == pytest.approx((mean.item(), std.item()), abs=1e-3)
         assert len(data.test) == 360
         # Stratified: every class has its share of the test set.
         assert data.test.labels.bincount().min() >= 34
@@ -114,6 +118,27 @@ class TestDatasets:
         with pytest.raises(DataError, match="do not belong together"):
             load("fashion-mnist", root)
 
+    def test_layouts_of_torchvisions_sets(self, tmp_path: Path) -> None:
+        """CIFAR's data is an array (N, H, W, C), SVHN's and STL-10's (N, C, H, W), and some sets are grey."""
+
+        class Fake:
+            data: Any
+            targets = (3, 1)
+
+            def __init__(self, root: Path, train: bool, download: bool) -> None:
+                pass
+
+        images = torch.randint(256, (2, 3, 6, 5), dtype=torch.uint8)
+        for array, expected in (
+            (images.permute(0, 2, 3, 1).numpy(), images),
+            (images.numpy(), images),
+            (images[:, 0].numpy(), images[:, :1]),
+        ):
+            Fake.data = array
+            _, test = _by_train(Fake, "fake")(tmp_path, False)
+            assert torch.equal(test.images, expected)
+            assert test.labels.tolist() == [3, 1]
+
     @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10"])
     def test_missing_files(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(DataError, match=rf"{name} is not in .*--data-root.*--download"):
@@ -143,6 +168,10 @@ class TestFolder:
     def test_large_folder_is_read_from_files(self, image_folder: Path) -> None:
         data = load(f"folder:{image_folder}", size=16, memory_limit=1000)
         assert isinstance(data.train, FileImages)
+        # Cropped at random where it is read, and so not once more; the test images always alike.
+        assert data.crop == 0
+        assert not torch.equal(data.train.batch(torch.arange(4))[0], data.train.batch(torch.arange(4))[0])
+        assert torch.equal(data.test.batch(torch.arange(4))[0], load(f"folder:{image_folder}", size=16).test.images)
         batches = [list(training_loader(data, 4, seed=1, workers=workers)) for workers in (0, 2)]
         for (images, labels), (again, same) in zip(*batches, strict=True):
             assert images.shape == (4, 3, 16, 16)
@@ -214,6 +243,7 @@ class TestLoading:
         assert epoch(1) == epoch(1)
         assert epoch(1) != epoch(2)
         assert epoch(1) != epoch(1, seed=1)
+        assert epoch(1) != epoch(0, seed=1)
 
     def test_batches_repeat_and_leave_the_global_generator_alone(self) -> None:
         data = load("digits", limit=40, test_limit=10)
@@ -228,6 +258,29 @@ class TestLoading:
             assert images.shape == (16, 3, 32, 32)
             assert torch.equal(images, again)
             assert torch.equal(labels, same)
+
+    @pytest.mark.parametrize("flip", [False, True])
+    @pytest.mark.parametrize("crop", [0, 2])
+    def test_what_a_training_batch_is_made_of(self, crop: int, flip: bool) -> None:
+        """The images of the seed's order, each as one of its crops, mirrored or not, and normalised."""
+        data = load("digits", size=12, limit=24)
+        loader = training_loader(data, 8, seed=5, crop=crop, flip=flip)
+        found = set()
+        for (images, labels), (indices, _) in zip(loader, EpochBatches(24, 8, seed=5), strict=True):
+            assert torch.equal(labels, data.train.labels[indices])
+            plain = (data.train.images[indices].float() / 255 - data.mean[0]) / data.std[0]
+            padded = v2.functional.pad(plain, [crop], padding_mode="reflect")
+            for image, whole in zip(images, padded, strict=True):
+                candidates = itertools.product(range(2 * crop + 1), range(2 * crop + 1), (False, True))
+                for row, column, mirrored in candidates:
+                    cut = whole[:, row : row + 12, column : column + 12]
+                    if torch.allclose(image, cut.flip(-1) if mirrored else cut, atol=1e-5):
+                        found.add((row, column, mirrored))
+                        break
+                else:
+                    raise AssertionError("an image is none of its own crops")
+        assert (len({at[:2] for at in found}) > 1) == (crop > 0)
+        assert {mirrored for *_, mirrored in found} == ({False, True} if flip else {False})
 
     def test_evaluation_is_in_order_and_normalised(self) -> None:
         data = load("digits", limit=4)

@@ -49,6 +49,18 @@ def test_a_recipe_has_all_of_a_published_run() -> None:
     assert (host.decoder_weight, host.classifier_weight) == (5.0, 0.75)
 
 
+def test_the_sets_of_images_come_with_the_published_augmentation() -> None:
+    """Which ``manpp train --data`` has without a recipe, too."""
+    pytest.importorskip("torchvision")
+    from manpp_kernels.data.datasets import DATASETS
+
+    sets = {found.data: found for found in RECIPES.values() if found.data is not None}
+    assert sorted(sets) == ["cifar10", "stl10", "svhn"]
+    for name, found in sets.items():
+        info = DATASETS[name]
+        assert (info.size, info.crop, info.flip) == (found.image_size, found.crop, found.flip)
+
+
 def test_every_recipe_fits_its_rule_and_its_network() -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("timm")
