@@ -51,6 +51,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit, registers": lambda: vit(reg_tokens=2, no_embed_class=True, init_values=1e-1),
     "vit, attention pool": lambda: vit(global_pool="map", class_token=False),
     "vit, dropouts": lambda: vit(drop_rate=0.1, pos_drop_rate=0.1, drop_path_rate=0.1, pre_norm=True),
+    "vit, some of the patches": lambda: vit(patch_drop_rate=0.5),
     "convnext": convnext,
     "convnext v2": lambda: convnext(use_grn=True, ls_init_value=None, conv_mlp=True),
     "convnext, head norm last": lambda: convnext(head_norm_first=True, stem_type="overlap"),
@@ -87,6 +88,21 @@ def test_a_model_comes_apart_and_is_trained_whole(name: str) -> None:
     assert list(trainer.export_state_dict()) == keys
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parts_drop_what_the_model_drops(name: str) -> None:
+    """In training mode, with the same random numbers: measuring, in evaluation mode, does not see a dropout."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    with torch.no_grad():  # as above
+        for p in model.parameters():
+            p.add_(torch.rand_like(p), alpha=0.01)
+    parts = adapt(model)
+    images, draw = torch.rand(4, *example(model)), torch.get_rng_state()
+    whole = model(images)
+    torch.set_rng_state(draw)
+    assert torch.equal(nn.Sequential(parts.stem, *parts.units.values(), parts.head)(images), whole)
+
+
 @pytest.mark.parametrize("name", ["resnet", "vit", "convnext", "resnet v2", "regnet", "mobilenet v3"])
 @pytest.mark.parametrize("rule", ["e2e", "man++"])
 def test_gradient_checkpointing_keeps_less_and_computes_the_same(rule: str, name: str) -> None:
@@ -111,6 +127,19 @@ def test_gradient_checkpointing_keeps_less_and_computes_the_same(rule: str, name
     assert peaks[1] < peaks[0]
     for key, value in trained[0].items():
         torch.testing.assert_close(trained[1][key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_checkpointing_is_of_every_block_of_a_transformer() -> None:
+    """Of the first, which is a part of the stem, too: each runs once more in the backward pass."""
+    model = vit()
+    model.set_grad_checkpointing(True)
+    runs: list[int] = []
+    for index, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, index=index: runs.append(index))
+    trainer = LocalTrainer(model, TrainerConfig(rule="dgl", blocks=2), example=example(model))
+    runs.clear()
+    trainer.step((torch.rand(2, 3, 8, 8), torch.tensor([0, 1])))
+    assert sorted(runs) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_a_model_with_a_head_for_distillation() -> None:

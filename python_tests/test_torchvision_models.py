@@ -51,6 +51,10 @@ def alexnet() -> nn.Module:
     return model
 
 
+def vit() -> nn.Module:
+    return models.VisionTransformer(32, 8, 3, 2, hidden_dim=16, mlp_dim=32, dropout=0.1, num_classes=5)
+
+
 # name: what makes it, and the names of its first units
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "resnet18": (named("resnet18"), ["layer1.0", "layer1.1"]),
@@ -66,6 +70,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: models.DenseNet(4, (2, 2, 2), 8, num_classes=5),
         ["features.denseblock1", "features.denseblock2", "features.denseblock3"],
     ),
+    "vit": (vit, ["encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_2"]),
 }
 
 
@@ -86,6 +91,21 @@ def test_a_model_comes_apart_and_is_trained_whole(name: str) -> None:
     assert len(result.losses) == len(trainer.network) == len(parts.segments)
     assert [k for k, v in model.named_parameters() if torch.equal(v, before[k])] == []
     assert list(trainer.export_state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parts_drop_what_the_model_drops(name: str) -> None:
+    """In training mode, with the same random numbers: measuring, in evaluation mode, does not see a dropout."""
+    torch.manual_seed(0)
+    model = MODELS[name][0]()
+    with torch.no_grad():  # as above
+        for p in model.parameters():
+            p.add_(torch.rand_like(p), alpha=0.01)
+    parts = adapt(model)
+    images, draw = torch.rand(4, 3, 32, 32), torch.get_rng_state()
+    whole = model(images)
+    torch.set_rng_state(draw)
+    assert torch.equal(nn.Sequential(parts.stem, *parts.units.values(), parts.head)(images), whole)
 
 
 @pytest.mark.parametrize("name", MODELS)
