@@ -41,6 +41,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "warm-up": {"decay": 0.9, "use_warmup": True},
     "warm-up by other constants": {"decay": 0.99, "use_warmup": True, "warmup_gamma": 4.0, "warmup_power": 0.9},
     "warm-up with a minimum": {"decay": 0.99, "use_warmup": True, "min_decay": 0.6},
+    "warm-up with a minimum above the end": {"decay": 0.9, "use_warmup": True, "min_decay": 0.95},
     "warm-up after a step": {"decay": 0.99, "use_warmup": True, "update_after_step": 4, "min_decay": 0.2},
     "buffers excluded": {"decay": 0.9, "exclude_buffers": True},
     "no foreach": {"decay": 0.9, "foreach": False},
