@@ -294,6 +294,7 @@ class TestRecipe:
         assert sgd.defaults["lr"] == pytest.approx(0.8)
         assert sgd.defaults["momentum"] == 0.9
         assert sgd.defaults["nesterov"]
+        assert [default_lr(name, 512) for name in ("AdamW", "adam", "rprop")] == [1e-3, 1e-3, None]
         adam = optimizer_factory("adamw", None, 0.1, {"betas": (0.8, 0.9)})([parameter])
         assert adam.defaults["betas"] == (0.8, 0.9)
 

@@ -109,6 +109,39 @@ class TestTraining:
         assert all(torch.equal(first[name], second[name]) for name in first)
         with (folder / "history.csv").open() as file:
             assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder)).Reload()
+        assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4]
+
+    def test_a_schedule_that_moves_with_every_step(self, tmp_path: Path) -> None:
+        """The rate of the last of two steps an epoch, of four: from 0.1 to 0."""
+        words = "--epochs 2 --rule e2e --lr 0.1 --schedule linear --schedule-every step --no-tensorboard"
+        assert main(["train", *TINY, *words.split(), "--out", str(tmp_path)]) == 0
+        with (tmp_path / "history.csv").open() as file:
+            assert [float(row["lr"]) for row in csv.DictReader(file)] == pytest.approx([0.05, 0.0])
+
+    def test_the_seed_is_that_of_weights_and_of_the_order_of_the_images(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def seen(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+            first: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+            def step(self: LocalTrainer, batch: Any) -> None:
+                first.append((next(self.model.parameters()).detach().clone(), batch[0]))
+                raise InterruptedError
+
+            monkeypatch.setattr(LocalTrainer, "step", step)
+            words = ["--crop", "0", "--rule", "e2e", "--no-tensorboard", "--seed", str(seed)]
+            torch.manual_seed(torch.seed())  # whatever was drawn before
+            with pytest.raises(InterruptedError):
+                main(["train", *TINY, *words, "--out", str(tmp_path / str(len(list(tmp_path.iterdir()))))])
+            return first[0]
+
+        zero, again, one = seen(0), seen(0), seen(1)
+        for a, b, c in zip(zero, again, one, strict=True):
+            assert torch.equal(a, b)
+            assert not torch.equal(a, c)
 
     def test_what_resume_refuses(self, finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert "--lr would change it" in refused(capsys, "train", "--resume", str(finished), "--lr", "3")
@@ -190,6 +223,19 @@ class TestTraining:
         """Which only the first step shows."""
         words = [*TINY, "--epochs", "1", "--rule", "infopro", "--mean", "0.5,0.5,0.5", "--out", str(tmp_path / "run")]
         assert "the decoder needs images with values between 0 and 1" in refused(capsys, "train", *words)
+
+    def test_the_rule_is_told_what_the_images_are_normalised_with(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def step(self: LocalTrainer, batch: Any) -> None:
+            decoder = self.network.blocks[0].auxiliary.decoder
+            images = batch[0] * decoder.std + decoder.mean
+            assert (images.min().item(), images.max().item()) == pytest.approx((0, 1), abs=1e-5)
+            raise InterruptedError
+
+        monkeypatch.setattr(LocalTrainer, "step", step)
+        with pytest.raises(InterruptedError):
+            main(["train", *TINY, "--rule", "infopro", "--no-tensorboard", "--out", str(tmp_path / "run")])
 
     def test_a_vision_transformer_is_made_for_the_size_of_the_images(self, tmp_path: Path) -> None:
         pytest.importorskip("timm")

@@ -22,7 +22,7 @@ from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
 TINY = ["--model", "resnet20", "--image-size", "8", "--limit", "96", "--test-limit", "32", "--batch-size", "32"]
-RUN = ["train", *TINY, "--epochs", "2", "--blocks", "4", "--observe"]
+RUN = ["train", *TINY, "--epochs", "2", "--blocks", "4", "--label-smoothing", "0.1", "--observe"]
 
 
 def observed(folder: Path, rule: str, options: dict[str, Any] | None = None, **config: Any) -> Any:
