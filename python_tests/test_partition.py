@@ -236,6 +236,63 @@ def test_a_model_of_ones_own() -> None:
         partition(Tied(), example=(4,))
 
 
+class Pooled(nn.Module):
+    """Maps to vectors, with or without a dropout of its own."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x.mean((2, 3)), self.p, self.training)
+
+
+class Row(nn.Module):
+    """A network whose ``forward`` pools and drops out without modules, as many do."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+        self.a, self.c = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.b = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        for b in self.b:
+            x = b(x)
+        return self.c(nn.functional.dropout(x.mean((2, 3)), self.p, self.training))
+
+    def parts(self, stem: nn.Module | None = None, pool: nn.Module | None = None) -> Parts:
+        units = {f"b.{i}": unit for i, unit in enumerate(self.b)}
+        return Parts(stem or self.a, units, nn.Sequential(pool or Pooled(self.p), self.c))
+
+
+def test_parts_that_do_not_follow_each_other() -> None:
+    class Forked(Row):
+        pass
+
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return x, None
+
+    @adapt.register(Forked)
+    def _(model: Forked) -> Parts:
+        return model.parts(pool=nn.Flatten())
+
+    with pytest.raises(ValueError, match=r"head does not take \(2, 4, 2, 2\), which the parts before it give: mat1"):
+        partition(Forked(), example=(3, 8, 8))
+
+    class Paired(Row):
+        pass
+
+    @adapt.register(Paired)
+    def _(model: Paired) -> Parts:
+        return model.parts(stem=nn.Sequential(model.a, Pair()))
+
+    with pytest.raises(ValueError, match="stem returns tuple, and the next part takes one tensor"):
+        partition(Paired(), example=(3, 8, 8))
+
+
 def test_a_sequential_that_uses_a_module_twice() -> None:
     relu, dropout = nn.ReLU(), nn.Dropout(0.5)
     layers = [nn.Linear(48, 8), relu, dropout, nn.Linear(8, 8), relu, dropout, nn.Linear(8, 8), relu, dropout]

@@ -233,19 +233,34 @@ def _measure(model: nn.Module, parts: Parts, images: Tensor, by_memory: bool) ->
         for name, module in named:
             saved = _saved_bytes(module, x) if by_memory else 0
             version = x._version
-            y = module(x)
+            y = _run_part(name, module, x)
             segments.append(Segment(name, module, y.shape, saved, x._version != version))
             x = y
-        output = parts.head(x)
+        output = _run_part("head", parts.head, x)
     if not isinstance(expected, Tensor) or expected.dim() != 2:
         found = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
         raise ValueError(f"the model has to return logits (N, num_classes), and returned {found}")
-    if output.shape != expected.shape or not torch.allclose(output, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+    if not _alike(output, expected):
         raise ValueError(
             f"stem, units and head of {type(model).__name__}, run in a row, do not give what the model itself gives; "
             "register an adapter that takes the model's forward apart as it is"
         )
     return tuple(segments), output.shape
+
+
+def _run_part(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    """What a part gives for what the parts before it gave; raises with its name."""
+    try:
+        y = module(x)
+    except Exception as error:
+        raise ValueError(f"{name} does not take {tuple(x.shape)}, which the parts before it give: {error}") from error
+    if not isinstance(y, Tensor):
+        raise ValueError(f"{name} returns {type(y).__name__}, and the next part takes one tensor; wrap it so")
+    return y
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def _check_parameters(model: nn.Module, named: list[tuple[str, nn.Module]]) -> None:
