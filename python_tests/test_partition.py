@@ -267,6 +267,20 @@ class Row(nn.Module):
         return Parts(stem or self.a, units, nn.Sequential(pool or Pooled(self.p), self.c))
 
 
+def test_a_part_with_parameters_that_the_model_has_not() -> None:
+    """A new batch normalisation is all but the identity, and would not show in what the parts give."""
+
+    class Normalised(Row):
+        pass
+
+    @adapt.register(Normalised)
+    def _(model: Normalised) -> Parts:
+        return model.parts(stem=nn.Sequential(model.a, nn.BatchNorm2d(4)))
+
+    with pytest.raises(ValueError, match=r"adds the parameter 1\.weight to stem, which the model has not"):
+        partition(Normalised(), example=(3, 8, 8))
+
+
 def test_parts_that_do_not_follow_each_other() -> None:
     class Forked(Row):
         pass

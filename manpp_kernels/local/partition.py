@@ -269,9 +269,17 @@ def _check_parameters(model: nn.Module, named: list[tuple[str, nn.Module]]) -> N
         for p in module.parameters():
             if owner.setdefault(id(p), name) != name:
                 raise ValueError(f"{owner[id(p)]} and {name} share a parameter, so no boundary can come between them")
+    own = {id(p) for p in model.parameters()}
     for key, p in model.named_parameters():
         if id(p) not in owner:
             raise ValueError(f"the adapter of {type(model).__name__} leaves out the parameter {key}")
+    for name, module in named:
+        for key, p in module.named_parameters():
+            if id(p) not in own:
+                raise ValueError(
+                    f"the adapter of {type(model).__name__} adds the parameter {key} to {name}, which the model has "
+                    "not, and which would be trained and lost; make it part of the model"
+                )
 
 
 def _saved_bytes(module: nn.Module, x: Tensor) -> int:
