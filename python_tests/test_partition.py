@@ -267,6 +267,50 @@ class Row(nn.Module):
         return Parts(stem or self.a, units, nn.Sequential(pool or Pooled(self.p), self.c))
 
 
+def test_what_only_training_mode_shows_is_not_lost() -> None:
+    @adapt.register(Row)
+    def _(model: Row) -> Parts:
+        return model.parts()
+
+    class Forgotten(Row):
+        pass
+
+    @adapt.register(Forgotten)
+    def _(model: Forgotten) -> Parts:
+        return model.parts(pool=Pooled())
+
+    model = Row().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    random = torch.get_rng_state()
+    partition(model, example=(3, 8, 8))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"Forgotten.*in training mode; .*F\.dropout"):
+        partition(Forgotten(), example=(3, 8, 8))
+    partition(Forgotten(0.0), example=(3, 8, 8))
+
+    class Supervised(Forgotten):
+        """Takes targets in training, so that there is nothing to compare with."""
+
+        def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+            if self.training and targets is None:
+                raise ValueError("targets")
+            return super().forward(x)
+
+    partition(Supervised(), example=(3, 8, 8))
+
+    class Noisy(Forgotten):
+        """Differs from one time to the next whatever the generators say."""
+
+        times = 0.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Noisy.times += self.training
+            return super().forward(x) + Noisy.times * self.training
+
+    partition(Noisy(0.0), example=(3, 8, 8))
+
+
 def test_a_part_with_parameters_that_the_model_has_not() -> None:
     """A new batch normalisation is all but the identity, and would not show in what the parts give."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manpp_kernels.checkpoint import kept_rng_state
 from manpp_kernels.local.memory import saved_bytes_of
 from manpp_kernels.local.parts import Parts, adapt
 from manpp_kernels.local.recompute import Recomputed
@@ -245,6 +246,7 @@ def _measure(model: nn.Module, parts: Parts, images: Tensor, by_memory: bool) ->
             f"stem, units and head of {type(model).__name__}, run in a row, do not give what the model itself gives; "
             "register an adapter that takes the model's forward apart as it is"
         )
+    _check_training(model, parts, images)
     return tuple(segments), output.shape
 
 
@@ -261,6 +263,36 @@ def _run_part(name: str, module: nn.Module, x: Tensor) -> Tensor:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def _check_training(model: nn.Module, parts: Parts, images: Tensor) -> None:
+    """Raise where the model's own ``forward`` has what only training mode shows, such as a dropout, and no part has."""
+    row = nn.Sequential(parts.stem, *parts.units.values(), parts.head)
+    try:
+        expected, output = _in_training(model, images), _in_training(row, images)
+    except Exception:  # it cannot be copied, or takes more than images then, such as targets: nothing to compare with
+        return
+    if not isinstance(expected, Tensor) or not isinstance(output, Tensor) or _alike(output, expected):
+        return
+    if _alike(_in_training(model, images), expected):  # it is no other by itself from one time to the next
+        raise ValueError(
+            f"stem, units and head of {type(model).__name__}, run in a row, do not give what the model itself gives in "
+            "training mode; what its forward does by itself, such as F.dropout, belongs into a part of the adapter"
+        )
+
+
+@torch.no_grad()
+def _in_training(module: nn.Module, images: Tensor) -> Any:
+    """What it gives in training mode, with the same random numbers every time; nothing is changed.
+
+    Batch normalisations are in evaluation mode: statistics of two images would make much of the smallest difference.
+    """
+    # With buffers of its own alone; what is not trained by gradients may be moved by a forward pass.
+    module = copy.deepcopy(module, {id(p): p for p in module.parameters() if p.requires_grad})
+    for m in module.modules():
+        m.training = not isinstance(m, nn.modules.batchnorm._NormBase)
+    with kept_rng_state():
+        return module(images.clone())
 
 
 def _check_parameters(model: nn.Module, named: list[tuple[str, nn.Module]]) -> None:
