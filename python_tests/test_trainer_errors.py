@@ -201,6 +201,21 @@ def test_optimizers_and_schedulers_that_are_no_factories(options: dict, message:
         LocalTrainer(small_model(), TrainerConfig(rule="dgl"), example=(3, 8, 8), **options)
 
 
+def test_a_scheduler_of_another_optimizer() -> None:
+    """It would move rates that nothing is trained with."""
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    for order in ("published", "unlocked"):
+        with pytest.raises(ValueError, match="StepLR was made for another optimizer, and the rates of this one"):
+            small_trainer(order=order, scheduler=lambda o: torch.optim.lr_scheduler.StepLR(other, 1))
+        several = small_trainer(
+            order=order,
+            scheduler=lambda o: torch.optim.lr_scheduler.ChainedScheduler(
+                [torch.optim.lr_scheduler.StepLR(o, 1), torch.optim.lr_scheduler.StepLR(o, 2)]
+            ),
+        )
+        assert several.schedulers
+
+
 def test_a_number_of_blocks_that_is_no_integer() -> None:
     with pytest.raises(TypeError, match=r"blocks has to be a number or a sequence of boundaries, and is 2\.0"):
         small_trainer(blocks=2.0)

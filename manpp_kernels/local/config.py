@@ -155,7 +155,19 @@ def make_schedulers(
     )
     schedulers = [make(optimizer) for optimizer in optimizers]
     _check_schedulers(schedulers, schedule)
+    for scheduler, optimizer in zip(schedulers, optimizers, strict=True):
+        moved = getattr(scheduler, "optimizer", None)
+        # By their groups, as what wraps an optimizer has the groups of the one inside.
+        if isinstance(moved, torch.optim.Optimizer) and not _share_groups(moved, optimizer):
+            raise ValueError(
+                f"{type(scheduler).__name__} was made for another optimizer, and the rates of this one would stay: "
+                "make it of the optimizer that the factory is called with"
+            )
     return schedulers
+
+
+def _share_groups(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
+    return any(group is other for group in a.param_groups for other in b.param_groups)
 
 
 def _check_factory(name: str, make: Any, of: str) -> None:
