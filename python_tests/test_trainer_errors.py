@@ -162,6 +162,12 @@ def test_criteria_that_are_none(criterion: object, error: type[Exception], messa
         LocalTrainer(small_model(), TrainerConfig(rule="dgl"), example=(3, 8, 8), criterion=criterion)
 
 
+def test_labels_are_smoothed_by_a_criterion_itself() -> None:
+    config = TrainerConfig(rule="dgl", label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"label_smoothing is 0\.1, and is of .* without a criterion"):
+        LocalTrainer(small_model(), config, example=(3, 8, 8), criterion=nn.CrossEntropyLoss())
+
+
 @pytest.mark.parametrize("returned", ["each", "number"])
 @pytest.mark.parametrize("rule", ["dgl", "man++", "mlaan", "e2e"])
 def test_a_criterion_that_returns_no_scalar(rule: str, returned: str) -> None:

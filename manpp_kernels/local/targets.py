@@ -23,10 +23,16 @@ def make_criterion(criterion: Criterion | None, label_smoothing: float, device: 
 
     Raises:
         TypeError: it is no function.
-        ValueError: it is no mean, or has parameters to train, which would be trained by every block on its own.
+        ValueError: it is no mean, or has parameters to train, which would be trained by every block on its own; or
+            labels were to be smoothed, which a criterion does itself.
     """
     if criterion is None:
         return functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
+    if label_smoothing != 0.0:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing}, and is of the cross-entropy of a trainer without a criterion; "
+            "smooth in the criterion, as by nn.CrossEntropyLoss(label_smoothing=…), or leave it out"
+        )
     if isinstance(criterion, type) or not callable(criterion):
         name = criterion.__name__ if isinstance(criterion, type) else repr(criterion)
         raise TypeError(f"criterion has to be a function or module of logits and targets, and is {name}")
