@@ -290,7 +290,6 @@ def test_a_unit_that_writes_its_input_cannot_be_copied() -> None:
 def test_a_rule_can_come_from_outside() -> None:
     """A rule with a loss that sees images and targets, registered without touching the package."""
     from manpp_kernels.local import Auxiliary, Rule, register, rules
-    from manpp_kernels.local.rules import NoOptions
 
     class Reconstruction(Auxiliary):
         def __init__(self, channels: int) -> None:
@@ -303,8 +302,6 @@ def test_a_rule_can_come_from_outside() -> None:
 
     @register("reconstruction")
     class ReconstructionRule(Rule):
-        Options = NoOptions
-
         def auxiliary(self, site):
             return Reconstruction(site.features[1])
 

@@ -19,11 +19,16 @@ from manpp_kernels.local.block import LocalBlock
 from manpp_kernels.local.targets import Criterion
 
 
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """A rule that has nothing to set."""
+
+
 class Rule:
     """Base of the rules; an instance holds its options.
 
     Attributes:
-        Options: the class's dataclass of options, whose defaults are the published ones.
+        Options: the class's dataclass of options, whose defaults are the published ones; there are none by default.
         name: under which it is registered.
         momentum: of the EMA updates, for rules that have EMA units.
         host_defaults: options in place of ``Options``' defaults where the rule hosts MAN or MAN++; None where it
@@ -32,7 +37,7 @@ class Rule:
             of a step.
     """
 
-    Options: ClassVar[type[Any]]
+    Options: ClassVar[type[Any]] = NoOptions
     name: ClassVar[str]
     host_defaults: ClassVar[Mapping[str, Any] | None] = None
     overlapping: ClassVar[bool] = False
@@ -76,11 +81,6 @@ class Rule:
     ) -> LocalBlock:
         """A local block, given those ``before`` it; for rules whose blocks hand on more than their features."""
         return LocalBlock(body, auxiliary, criterion)
-
-
-@dataclasses.dataclass(frozen=True)
-class NoOptions:
-    """A rule that has nothing to set."""
 
 
 _rules: dict[str, type[Rule]] = {}

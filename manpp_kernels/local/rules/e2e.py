@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from manpp_kernels.local.rules import NoOptions, Rule, register
+from manpp_kernels.local.rules import Rule, register
 
 
 @register("e2e")
 class EndToEnd(Rule):
     """Backpropagation through the whole network."""
-
-    Options = NoOptions
 
     def default_blocks(self, segments: int) -> int:
         return 1
