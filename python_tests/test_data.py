@@ -178,6 +178,18 @@ class TestFolder:
             assert torch.equal(images, again)
             assert torch.equal(labels, same)
 
+    def test_hidden_folders_and_files_are_passed_over(self, image_folder: Path) -> None:
+        """With images in it a hidden folder would be a class, and without it would be an error."""
+        expected = load(f"folder:{image_folder}", size=16)
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            (image_folder / name).mkdir()
+        (image_folder / ".cache").symlink_to(image_folder / "cat", target_is_directory=True)
+        (image_folder / "cat" / "._1.png").write_text("what macOS leaves beside 1.png on other file systems")
+        data = load(f"folder:{image_folder}", size=16)
+        assert data.num_classes == 2
+        assert torch.equal(data.train.labels, expected.train.labels)
+        assert torch.equal(data.test.images, expected.test.images)
+
     def test_unreadable_image(self, image_folder: Path) -> None:
         (image_folder / "dog" / "3.png").write_text("no image")
         with pytest.raises(DataError, match=r"3\.png cannot be read as an image"):

@@ -316,11 +316,30 @@ def _folder(path: Path, size: int, limit: int | None, test_limit: int | None, me
 
 def _image_files(path: Path, transform: v2.Transform) -> tuple[FileImages, list[str]]:
     try:
-        found = tv.ImageFolder(path)
+        found = _ClassFolders(path)
     except (FileNotFoundError, OSError) as error:
         raise DataError(f"{path} has no images in one folder a class: {error}") from error
     files = FileImages([file for file, _ in found.samples], torch.tensor(found.targets), transform)
     return _pick(files, torch.randperm(len(files), generator=torch.Generator().manual_seed(0))), found.classes
+
+
+class _ClassFolders(tv.ImageFolder):
+    """What is hidden is no class and no image: notebooks, file managers and version control leave such beside them."""
+
+    def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not _hidden(name)]
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return names, {name: i for i, name in enumerate(names)}
+
+    @staticmethod
+    def make_dataset(directory: Any, class_to_idx: dict[str, int], *args: Any, **options: Any) -> list[tuple[str, int]]:
+        samples = tv.ImageFolder.make_dataset(directory, class_to_idx, *args, **options)
+        return [(file, label) for file, label in samples if not _hidden(Path(file).name)]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _pick(files: FileImages, order: Tensor) -> FileImages:
