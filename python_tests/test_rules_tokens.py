@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from manpp_kernels.local import partition, rule_names
-from manpp_kernels.local.features import has_class_token
+from manpp_kernels.local.features import TokenMap, TokenPool, has_class_token
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
 models = pytest.importorskip("torchvision.models")
@@ -62,6 +62,17 @@ def test_a_fresh_copy_of_a_block_is_drawn_anew() -> None:
 
 def test_tokens_with_and_without_a_class_token() -> None:
     assert [t for t in range(1, 30) if has_class_token(t)] == [2, 5, 10, 17, 26]
+
+
+def test_tokens_as_a_map_and_as_a_vector() -> None:
+    """Patches are the rows of a map one after the other; the class token comes before them."""
+    image, token = torch.rand(2, 3, 4, 4), torch.rand(2, 1, 3)
+    patches = torch.stack([image[:, :, y, x] for y in range(4) for x in range(4)], 1)
+    tokens = torch.cat([token, patches], 1)
+    assert torch.equal(TokenMap(16)(patches), image)
+    assert torch.equal(TokenMap(17)(tokens), image)
+    assert torch.equal(TokenPool(17)(tokens), token[:, 0])
+    torch.testing.assert_close(TokenPool(16)(patches), image.mean((2, 3)))
 
 
 def test_tokens_that_form_no_grid() -> None:
