@@ -43,6 +43,16 @@ def test_whole_units_may_be_frozen(config: dict) -> None:
     assert_alike(frozen, **config)
 
 
+def test_a_frozen_unit_runs_again_where_a_gradient_passes_it() -> None:
+    runs: list[nn.Module] = []
+    unit = nn.Linear(4, 4).requires_grad_(False)
+    unit.register_forward_hook(lambda module, *_: runs.append(module))
+    Recomputed(unit)(torch.rand(2, 4, requires_grad=True)).sum().backward()
+    assert len(runs) == 2
+    assert not Recomputed(unit)(torch.rand(2, 4)).requires_grad
+    assert len(runs) == 3
+
+
 @pytest.mark.parametrize("normalised", [parametrizations.spectral_norm, spectral_norm], ids=["parametrization", "hook"])
 @pytest.mark.parametrize(
     "config",
