@@ -194,6 +194,16 @@ def test_initial_values_of_copies(init: str) -> None:
         assert twin.conv1.weight.data_ptr() != model.layer1[0].conv1.weight.data_ptr()
 
 
+def test_copies_train_whatever_mode_their_unit_is_in() -> None:
+    """A frozen part of the model stays in evaluation mode; what is trained beside it does not."""
+    model = small_model()
+    model.layer1.eval()
+    trainer = LocalTrainer(model, TrainerConfig(rule="man"), example=(3, 16, 16))
+    trainer.step(batch())
+    assert not model.layer1[0].training
+    assert all(module.training for module in trainer.network.blocks[0].auxiliary.modules())
+
+
 @pytest.mark.parametrize("computed", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_fresh_copies_of_weights_that_are_computed(computed: Callable[[nn.Module], nn.Module]) -> None:
     def conv() -> nn.Module:

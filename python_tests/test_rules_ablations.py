@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from naive_local import below, cross_entropy, head, unit
 from naive_rules import NaiveRule, assert_steps_agree, auxiliary_sizes, make_pair, small_batch, small_model
 
@@ -32,6 +33,15 @@ def test_a_step_with_more_units() -> None:
     assert_steps_agree(*make_pair(NaiveDeep, config, kind="sum"))
     with pytest.raises(ValueError, match="auxiliary_depth has to be 1 or more"):
         make_rule("man", {"auxiliary_depth": 0})
+
+
+@pytest.mark.parametrize("lb_init", ["copy", "fresh"])
+def test_further_units_start_as_lb_does(lb_init: str) -> None:
+    model, options = small_model(), {"auxiliary_depth": 2, "lb_init": lb_init, "ema_init": "fresh"}
+    trainer = LocalTrainer(model, TrainerConfig(rule="man", rule_options=options), example=(3, 16, 16))
+    auxiliary = trainer.network.blocks[0].auxiliary
+    for twin, source in ((auxiliary.transform.lb, model.layer1[0]), (auxiliary.host.transform[0], model.layer2[0])):
+        assert torch.equal(twin.conv1.weight, source.conv1.weight) == (lb_init == "copy")
 
 
 @pytest.mark.parametrize("parts", ["lb", "ema"])

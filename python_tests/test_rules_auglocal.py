@@ -96,6 +96,15 @@ def test_sizes_of_resnet110_with_55_blocks() -> None:
     assert auxiliary_sizes("auglocal", {"auxiliary_depth": 3}, resnet110()) == expected
 
 
+@pytest.mark.parametrize("pyramid", [0.0, 1.0])
+def test_how_far_depth_falls(pyramid: float) -> None:
+    options = {"auxiliary_depth": 4, "pyramid": pyramid}
+    trainer = LocalTrainer(resnet32(), TrainerConfig(rule="auglocal", rule_options=options), example=(3, 16, 16))
+    depths = [len(block.auxiliary.head) - 1 for block in trainer.network if block.auxiliary is not None]
+    falling = [4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2, 2, 1, 1, 1]  # round(4 - 3 i / 14), and as many as are left
+    assert depths == (falling if pyramid else [4] * 12 + [3, 2, 1])
+
+
 def test_a_network_of_bottlenecks_has_bottlenecks() -> None:
     resnet = pytest.importorskip("torchvision.models.resnet")
     model = resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=5)
@@ -105,6 +114,15 @@ def test_a_network_of_bottlenecks_has_bottlenecks() -> None:
     assert first.conv3.weight.shape == (512, 128, 1, 1)
     assert (first.conv2.stride, second.conv2.stride) == ((2, 2), (4, 4))
     assert len(trainer.step((torch.rand(4, 3, 32, 32), torch.arange(4))).losses) == 3
+
+
+def test_images_that_are_not_square_have_the_same_strides() -> None:
+    def strides(side: int) -> list[tuple[int, ...]]:
+        trainer = LocalTrainer(resnet32(), TrainerConfig(rule="auglocal"), example=(3, 16, side))
+        parts = (m for block in trainer.network if block.auxiliary is not None for m in block.auxiliary.modules())
+        return [m.stride for m in parts if isinstance(m, torch.nn.Conv2d)]
+
+    assert strides(48) == strides(16)
 
 
 def test_vectors_as_features() -> None:

@@ -44,6 +44,7 @@ class NaiveInfoPro(NaiveRule):
     loss_name = "cross-entropy"
     weights = ((5.0, 0.2), (0.05, 0.5))
     mean, std = torch.zeros(3), torch.ones(3)
+    temperature = 0.07
 
     def decoder_loss(self, x, p):
         x = resize_matrix(x.shape[2], 16) @ x @ resize_matrix(x.shape[3], 16).T
@@ -57,7 +58,11 @@ class NaiveInfoPro(NaiveRule):
         x = batch_norm(conv(x, p["0.weight"], stride=stride), p["1.weight"], p["1.bias"]).clamp(min=0).mean((2, 3))
         x = (x @ p["5.weight"].T + p["5.bias"]).clamp(min=0)
         x = x @ p["7.weight"].T + p["7.bias"]
-        return cross_entropy(x, targets) if self.loss_name == "cross-entropy" else contrastive(x, targets, 0.07)
+        return (
+            cross_entropy(x, targets)
+            if self.loss_name == "cross-entropy"
+            else contrastive(x, targets, self.temperature)
+        )
 
     def host_loss(self, j, x, targets, p):
         (a0, a1), (b0, b1) = self.weights
@@ -74,11 +79,11 @@ class NaiveInfoPro(NaiveRule):
         return self.host_loss(j, s * lb + (2 - s) * ema, targets, below(a, "host"))
 
 
-@pytest.mark.parametrize("loss", ["cross-entropy", "contrastive"])
+@pytest.mark.parametrize("options", [{}, {"loss": "contrastive"}, {"loss": "contrastive", "temperature": 0.2}], ids=str)
 @pytest.mark.parametrize("order", ["published", "unlocked"])
-def test_a_step_equals_the_naive_implementation(loss: str, order: str) -> None:
-    trainer, naive = make_pair(NaiveInfoPro, TrainerConfig(rule="infopro", rule_options={"loss": loss}, order=order))
-    naive.loss_name = loss
+def test_a_step_equals_the_naive_implementation(options: dict, order: str) -> None:
+    trainer, naive = make_pair(NaiveInfoPro, TrainerConfig(rule="infopro", rule_options=options, order=order))
+    naive.loss_name, naive.temperature = options.get("loss", "cross-entropy"), options.get("temperature", 0.07)
     assert_steps_agree(trainer, naive)
 
 

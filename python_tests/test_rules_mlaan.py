@@ -123,6 +123,24 @@ def test_the_units_that_are_leapt_to() -> None:
     assert {j: leaps_of(model, j) for j in LEAPS_110} == LEAPS_110
 
 
+@pytest.mark.parametrize(("lb_init", "ema_init"), [("copy", "fresh"), ("fresh", "copy")])
+def test_initial_values_of_the_units(lb_init: str, ema_init: str) -> None:
+    model, options = small_model(), {"lb_init": lb_init, "ema_init": ema_init}
+    trainer = LocalTrainer(model, TrainerConfig(rule="mlaan", rule_options=options), example=(3, 16, 16))
+    first, *others = trainer.network.blocks[0].auxiliary.augmented
+    for init, copies in ((ema_init, [first.ema]), (lb_init, [first.lb, *others])):
+        for twin, name in zip(copies, LEAPS[0], strict=False):
+            assert torch.equal(twin.conv1.weight, model.get_submodule(name).conv1.weight) == (init == "copy")
+
+
+@pytest.mark.parametrize("leaps", [1, 2])
+def test_how_many_leaps_there_are(leaps: int) -> None:
+    config = TrainerConfig(rule="mlaan", rule_options={"leaps": leaps})
+    trainer = LocalTrainer(small_model(), config, example=(3, 16, 16))
+    found = [len(block.auxiliary.augmented) for block in trainer.network if block.auxiliary is not None]
+    assert found == [leaps, leaps, leaps, 1]
+
+
 def size_of(width: int, places: list[int], per_stage: int) -> int:
     """Two linear layers, and the units: 9 a b + 9 b b and two batch normalisations, a shortcut where they widen."""
     total, last = width * 10 + 10, width
