@@ -265,6 +265,9 @@ def test_the_default_optimizer_is_the_published_sgd() -> None:
     group = optimizer.param_groups[0]
     assert isinstance(optimizer, torch.optim.SGD)
     assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4)
+    given = {"learning_rate": 0.3, "sgd_momentum": 0.5, "nesterov": False, "weight_decay": 0.2}
+    group = small_trainer(optimizer=None, **given).optimizers[0].param_groups[0]
+    assert [group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")] == list(given.values())
 
 
 def test_a_history_row() -> None:
