@@ -168,6 +168,7 @@ class TestFolder:
     def test_large_folder_is_read_from_files(self, image_folder: Path) -> None:
         data = load(f"folder:{image_folder}", size=16, memory_limit=1000)
         assert isinstance(data.train, FileImages)
+        assert data.train.files == load(f"folder:{image_folder}", size=16, memory_limit=1000).train.files
         # Cropped at random where it is read, and so not once more; the test images always alike.
         assert data.crop == 0
         assert not torch.equal(data.train.batch(torch.arange(4))[0], data.train.batch(torch.arange(4))[0])
