@@ -317,11 +317,10 @@ def test_checkpoints_of_another_training(tmp_path: Path) -> None:
     refused(make_trainer(form="parameter"), path, "its rule options is")
 
     def other(
-        model: nn.Module, blocks=("stem", "layer1.0"), optimizer=torch.optim.Adam, scheduler=None
+        model: nn.Module, blocks=("stem", "layer1.0"), optimizer=torch.optim.Adam, scheduler=None, **config
     ) -> LocalTrainer:
-        return LocalTrainer(
-            model, TrainerConfig(blocks=blocks), example=(3, 8, 8), optimizer=optimizer, scheduler=scheduler
-        )
+        config = TrainerConfig(blocks=blocks, **config)
+        return LocalTrainer(model, config, example=(3, 8, 8), optimizer=optimizer, scheduler=scheduler)
 
     def network(*widths: int) -> nn.Module:
         model = CifarResNet((1, 1, 1), num_classes=4, widths=widths or (4, 6, 8))
@@ -329,6 +328,7 @@ def test_checkpoints_of_another_training(tmp_path: Path) -> None:
         return model
 
     refused(other(network(), ("stem",)), path, "its blocks is")
+    refused(other(network(), rule_options={"form": "activation"}, amp="bf16"), path, "its amp is None, here it is")
     refused(other(network(4, 6, 9)), path, "another network: 'layer3.0.conv1.weight' of its part 'model' has the shape")
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3)
