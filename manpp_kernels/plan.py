@@ -153,6 +153,8 @@ class EmaPlan:
     nothing and never waits for the device; it can be captured in a CUDA graph. A plan notices a tensor whose memory
     has moved (an assignment to ``.data``, ``module.to()``, ``resize_``), builds itself anew and carries on: it never
     writes through an address that has gone stale. (Inside a CUDA graph the addresses are those of the capture.)
+    What takes a tensor's place in a module (``load_state_dict(assign=True)``, a new layer) it does not know of: build
+    another plan then. :class:`manpp_kernels.ModelEma` looks at its model anew in every update.
     Whether an EMA requires grad, which is an error while gradients are recorded, a plan without ``bias`` asks when it
     is built: asking takes as long as the update. The references that it keeps let ``torch.utils.swap_tensors``
     refuse.
