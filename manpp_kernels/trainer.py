@@ -128,6 +128,7 @@ class LocalTrainer(Resumable):
 
         self._unlocked = config.order == "unlocked"
         self._ema = [self.network.ema_updates()] if self._unlocked else self.network.ema_updates_by_block()
+        self._own_parameters = list(model.parameters())
         self._by_block = by_block = [block.trainable() for block in self.network]
         groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
         self.optimizers = make_optimizers(config.sgd if optimizer is None else optimizer, groups)
@@ -162,10 +163,13 @@ class LocalTrainer(Resumable):
 
         Raises:
             TypeError: the batch is no pair of tensors.
-            ValueError: it does not fit the network (labels on an accelerator are checked in the first step only).
+            ValueError: it does not fit the network (labels on an accelerator are checked in the first step only); the
+                model has other parameters than when the trainer was made (looked at in the first step and by ``fit``).
         """
         check_batch(batch, self.config.accumulate, self.network.least_images)
         self._check_labels(batch[1], first=self._first_step)
+        if self._first_step:
+            self._check_model()
         self._first_step = False
         images, targets = self._on_device(batch)
         if not (self.model.training and self.network.training):
@@ -250,6 +254,15 @@ class LocalTrainer(Resumable):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._amp_dtype)
 
+    def _check_model(self) -> None:
+        """Raise where the model is no longer what the blocks and optimizers hold, and would not be what is trained."""
+        if list(map(id, self.model.parameters())) != list(map(id, self._own_parameters)):
+            raise ValueError(
+                f"{type(self.model).__name__} has other parameters than when the trainer was made, as after "
+                "load_state_dict(assign=True) or with a new layer, and those would not be trained; make the trainer "
+                "afterwards"
+            )
+
     def _check_labels(self, targets: Tensor, *, first: bool) -> None:
         # Where labels lie on an accelerator, looking at them waits for all that was launched before: only once then.
         if self._labels and (first or targets.device.type == "cpu"):
@@ -302,6 +315,7 @@ class LocalTrainer(Resumable):
             ends it after the step at hand: the checkpoint is written, ``interrupted`` set, the history so far returned;
             a second Ctrl-C raises at once.
         """
+        self._check_model()
         path = self._begin(loader, val_loader, checkpoint_dir, checkpoint_every, resume)
         self.interrupted = self._stepping = False
         # The ranks would not agree on the step after which to stop: Ctrl-C then ends them at once.

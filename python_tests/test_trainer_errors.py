@@ -207,6 +207,28 @@ def test_optimizers_and_schedulers_that_are_no_factories(options: dict, message:
         LocalTrainer(small_model(), TrainerConfig(rule="dgl"), example=(3, 8, 8), **options)
 
 
+def _assigned(model: nn.Module) -> None:
+    model.load_state_dict(small_model().state_dict(), assign=True)
+
+
+def _with_another_head(model: nn.Module) -> None:
+    model.fc = nn.Linear(model.fc.in_features, 4)
+
+
+@pytest.mark.parametrize("change", [_assigned, _with_another_head])
+def test_a_model_with_other_parameters_than_the_trainer_has(change: Callable[[nn.Module], None]) -> None:
+    """The optimizer, or the blocks, would go on with the old ones, and the model stay as it is."""
+    trainer = small_trainer(rule="dgl")
+    change(trainer.model)
+    with pytest.raises(ValueError, match="has other parameters than when the trainer was made"):
+        trainer.step(batch())
+    trained = small_trainer(rule="dgl")
+    trained.step(batch())
+    change(trained.model)
+    with pytest.raises(ValueError, match="and those would not be trained; make the trainer afterwards"):
+        trained.fit(loader(), 1)
+
+
 def test_a_scheduler_of_another_optimizer() -> None:
     """It would move rates that nothing is trained with."""
     other = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
