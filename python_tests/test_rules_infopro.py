@@ -125,6 +125,20 @@ def test_contrastive_leaves_out_what_is_alone_of_its_class() -> None:
         supervised_contrastive(z, torch.rand(4, 3))
 
 
+def test_contrastive_without_ignored_images_and_without_others() -> None:
+    z = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, -100, 1, 0, -100, 1, 2])
+    counted = targets != -100
+    loss = supervised_contrastive(z, targets, 0.5, -100)
+    torch.testing.assert_close(loss, contrastive(z[counted], targets[counted], 0.5))
+    assert torch.autograd.grad(loss, z)[0][~counted].abs().sum() == 0
+    for few in (torch.tensor([-100, 1]), torch.tensor([-100, -100]), torch.tensor([1])):
+        z = torch.randn(len(few), 8, dtype=torch.float64, requires_grad=True)
+        loss = supervised_contrastive(z, few, 0.5, -100)
+        assert loss.item() == 0
+        assert torch.autograd.grad(loss, z)[0].abs().sum() == 0
+
+
 def test_losses_in_bfloat16_autocast() -> None:
     for rule, options in (("infopro", {"loss": "contrastive"}), ("man++", {"host": "infopro"})):
         config = TrainerConfig(rule=rule, rule_options=options, amp="bf16")

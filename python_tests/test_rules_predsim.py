@@ -71,6 +71,15 @@ def test_sizes_of_the_published_networks(make, per_stage: int) -> None:
     assert auxiliary_sizes("predsim", None, make()) == expected
 
 
+def test_matching_without_ignored_images() -> None:
+    v, targets = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, -100, 2, 0, -100, 1])
+    counted = targets != -100
+    expected = similarity_matching(v[counted], targets[counted], 3)
+    torch.testing.assert_close(similarity_matching(v, targets, 3, -100), expected)
+    assert similarity_matching(v, torch.full((6,), -100), 3, -100).item() == 0
+    torch.testing.assert_close(similarity_matching(v[counted], targets[counted].to(torch.uint8), 3), expected)
+
+
 def test_labels_as_probabilities_are_the_same_as_classes() -> None:
     v, targets = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 1])
     onehot = torch.eye(3, dtype=torch.float64)[targets]

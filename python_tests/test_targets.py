@@ -50,6 +50,37 @@ def test_ignored_labels_are_neither_refused_nor_counted() -> None:
         local.step((images, targets.clamp(min=-2) - (targets == -1).long()))
 
 
+@pytest.mark.parametrize(
+    ("rule", "options"), [("infopro", {"loss": "contrastive", "decoder_weight": 0.0}), ("predsim", {}), ("dgl", {})]
+)
+@pytest.mark.parametrize(
+    ("criterion", "ignored"),
+    [
+        (None, -100),
+        (nn.CrossEntropyLoss(ignore_index=3), 3),
+        (functools.partial(nn.functional.cross_entropy, ignore_index=3), 3),
+        (functools.partial(nn.functional.cross_entropy, label_smoothing=0.1), -100),
+    ],
+)
+def test_blocks_learn_nothing_from_ignored_images(rule: str, options: dict, criterion, ignored: int) -> None:
+    torch.manual_seed(0)
+    local = LocalTrainer(
+        CifarResNet((1, 1, 1), num_classes=4, widths=(4, 6, 8)),
+        TrainerConfig(rule=rule, rule_options=options),
+        example=(3, 8, 8),
+        criterion=criterion,
+    )
+    auxiliary = local.network.blocks[0].auxiliary
+    assert auxiliary is not None
+    auxiliary.eval()  # batch normalisations would mix the images
+    targets = torch.tensor([0, 1, ignored, 0, ignored, 1])
+    features = torch.rand(6, 4, 8, 8, requires_grad=True)
+    auxiliary(features, torch.rand(6, 3, 8, 8), targets).backward()
+    assert features.grad is not None
+    moved = features.grad.flatten(1).abs().sum(1) > 0
+    assert moved.tolist() == (targets != ignored).tolist()
+
+
 def test_cross_entropy_ignores_what_pytorchs_own_does() -> None:
     images, targets = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, -100, 2, -100, 3])
     expected = None

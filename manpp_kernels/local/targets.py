@@ -57,11 +57,16 @@ _OF_CLASSES = (F.cross_entropy, F.nll_loss)
 
 def takes_class_numbers(criterion: Criterion | None) -> bool:
     """Whether integer targets are known to be class numbers: of other criteria the package knows nothing."""
+    if isinstance(criterion, functools.partial):
+        criterion = criterion.func
     return criterion is None or criterion in _OF_CLASSES or isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
 
 
 def ignored_label(criterion: Criterion | None) -> int | None:
     """The class number of targets that do not count, where the criterion has one."""
+    if isinstance(criterion, functools.partial):
+        given: int | None = criterion.keywords.get("ignore_index")
+        return ignored_label(criterion.func) if given is None else given
     default = -100 if criterion is None or criterion in _OF_CLASSES else None
     ignored: int | None = getattr(criterion, "ignore_index", default)
     return ignored

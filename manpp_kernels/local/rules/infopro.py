@@ -22,7 +22,7 @@ from manpp_kernels.local.decoder import Decoder
 from manpp_kernels.local.features import to_vector
 from manpp_kernels.local.losses import supervised_contrastive
 from manpp_kernels.local.rules import Rule, choose, register
-from manpp_kernels.local.targets import Criterion
+from manpp_kernels.local.targets import Criterion, ignored_label
 from manpp_kernels.models.cifar_resnet import init_weights
 
 Weight = float | tuple[float, float]
@@ -135,7 +135,9 @@ class InfoPro(Rule):
         o = self.options
         criterion, outputs = site.criterion, site.num_classes
         if o.loss == "contrastive":
-            criterion, outputs = functools.partial(supervised_contrastive, temperature=o.temperature), EMBEDDING
+            ignored = ignored_label(site.criterion)
+            criterion = functools.partial(supervised_contrastive, temperature=o.temperature, ignored=ignored)
+            outputs = EMBEDDING
         return InfoProAuxiliary(
             infopro_head(site.features, outputs),
             criterion,

@@ -19,7 +19,7 @@ from manpp_kernels.local.auxiliary import Auxiliary, Site
 from manpp_kernels.local.features import linear_head, require
 from manpp_kernels.local.losses import similarity_matching
 from manpp_kernels.local.rules import Rule, register
-from manpp_kernels.local.targets import Criterion
+from manpp_kernels.local.targets import Criterion, ignored_label
 from manpp_kernels.models.cifar_resnet import init_weights
 
 
@@ -97,16 +97,18 @@ class Similarity(nn.Module):
 class PredSimAuxiliary(Auxiliary):
     """A linear prediction and a projection whose similarities are matched with those of the labels."""
 
-    def __init__(self, head: nn.Module, similarity: nn.Module, criterion: Criterion, weight: float, classes: int):
+    def __init__(
+        self, head: nn.Module, similarity: nn.Module, criterion: Criterion, weight: float, classes: int
+    ) -> None:
         super().__init__()
         self.head = head
         self.similarity = similarity
         self.criterion = criterion
         self.weight = weight
-        self.classes = classes
+        self.classes, self.ignored = classes, ignored_label(criterion)
 
     def forward(self, features: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-        matching = similarity_matching(self.similarity(features), targets, self.classes)
+        matching = similarity_matching(self.similarity(features), targets, self.classes, self.ignored)
         return self.weight * matching + (1 - self.weight) * self.criterion(self.head(features), targets)
 
 
