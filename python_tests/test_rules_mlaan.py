@@ -109,16 +109,17 @@ LEAPS_32 = [
 LEAPS_110 = {0: [18, 19, 37], 1: [19, 36, 37], 2: [19, 37, 54], 18: [19, 37, 54], 19: [31, 37, 54], 53: [54]}
 
 
-def leaps_of(model: torch.nn.Module, j: int) -> list[int]:
+def leaps_of(model: torch.nn.Module, j: int, leaps: int = 3) -> list[int]:
     parts = partition(model, example=(3, 32, 32))
     places = {segment.name: i for i, segment in enumerate(parts.segments)}
-    return [places[s.name] for s in leap(Site(parts, j, parts.segments[j].shape, 10, cross_entropy), 3)]
+    return [places[s.name] for s in leap(Site(parts, j, parts.segments[j].shape, 10, cross_entropy), leaps)]
 
 
 def test_the_units_that_are_leapt_to() -> None:
     assert [leaps_of(resnet32(), j) for j in (0, 1, 4, 6, 8, 10, 12, 13, 14)] == [
         LEAPS_32[j] for j in (0, 1, 4, 6, 8, 10, 12, 13, 14)
     ]
+    assert leaps_of(resnet32(), 12, leaps=2) == [14, 15]  # half way is 13.5: the later of two
     model = resnet110()
     assert {j: leaps_of(model, j) for j in LEAPS_110} == LEAPS_110
 
