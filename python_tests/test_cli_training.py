@@ -224,6 +224,11 @@ class TestTraining:
         words = [*TINY, "--epochs", "1", "--rule", "infopro", "--mean", "0.5,0.5,0.5", "--out", str(tmp_path / "run")]
         assert "the decoder needs images with values between 0 and 1" in refused(capsys, "train", *words)
 
+    def test_a_loss_that_is_no_number_is_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["--rule", "e2e", "--epochs", "1", "--lr", "1e30", "--no-tensorboard", "--out", str(tmp_path / "run")]
+        assert main(["train", *TINY, *words]) == 0
+        assert "the loss is not a number" in capsys.readouterr().out
+
     def test_the_rule_is_told_what_the_images_are_normalised_with(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -76,6 +76,11 @@ class TestObserver:
             assert row["ema_similarity"] == pytest.approx(float(F.cosine_similarity(ema, source, 0)), rel=1e-4)
         assert rows[-1]["scale"] is rows[-1]["ema_distance"] is rows[-1]["ema_similarity"] is None
         assert read_csv(tmp_path / "blocks.csv") == observer.rows
+        # The next epoch's are of that epoch alone.
+        rows = one_epoch(trainer, observer, batches, tmp_path)
+        assert rows[-1]["accuracy"] == pytest.approx(trainer.history[1]["train_acc"])
+        assert rows[-1]["loss"] == pytest.approx(trainer.history[1]["train_loss"])
+        assert trainer.history[0]["train_acc"] != trainer.history[1]["train_acc"]
 
     def test_memory_of_the_largest_block_is_that_of_a_step(self, tmp_path: Path) -> None:
         trainer, observer, batches = observed(tmp_path, "man++")
