@@ -152,6 +152,17 @@ def test_epochs_with_a_smaller_last_batch_and_another_learning_rate() -> None:
     assert [row["train_loss"] for row in eager.history] == [row["train_loss"] for row in graphed.history]
 
 
+def test_the_rate_of_one_block_alone() -> None:
+    eager, graphed = (make(rule="dgl", order="unlocked") for _ in range(2))
+    recorder = recorded(graphed)
+    for i, batch in enumerate(batches(7)):
+        for trainer in (eager, graphed):
+            trainer.optimizers[-1].param_groups[0]["lr"] = 0.05 if i < 5 else 0.01
+            trainer.step(batch)
+    assert (recorder.runs, recorder.captures, recorder.replays) == (3, 2, 4)
+    assert_same(eager, graphed)
+
+
 def test_the_first_batch_may_be_the_odd_one() -> None:
     trainer = make(rule="dgl")
     recorder = recorded(trainer)
