@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manpp_kernels import checkpoint
 from manpp_kernels.local.compiled import compile_blocks
 from manpp_kernels.local.config import (
     AMP_DTYPES,
@@ -36,11 +38,12 @@ from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
 from manpp_kernels.local.partition import evaluating, partition
 from manpp_kernels.local.parts import adapt
+from manpp_kernels.local.progress import Progress, length_of
 from manpp_kernels.local.recompute import Recomputed
 from manpp_kernels.local.replicas import Alone, Replicas
-from manpp_kernels.local.resumable import CHECKPOINT_NAME, Resumable
+from manpp_kernels.local.resume import CHECKPOINT_NAME, Checkpoints, TrainingState
+from manpp_kernels.local.resume_settings import optimizer_settings, settings_of
 from manpp_kernels.local.rules import make_rule
-from manpp_kernels.local.settings import optimizer_settings, settings_of
 from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch, check_loss, check_pair
 from manpp_kernels.local.streams import make_lanes
 from manpp_kernels.local.targets import (
@@ -55,7 +58,7 @@ from manpp_kernels.local.targets import (
 __all__ = ["CHECKPOINT_NAME", "LocalTrainer", "StepResult", "TrainerConfig"]
 
 
-class LocalTrainer(Resumable):
+class LocalTrainer:
     """Trains a model by a rule of local learning; the model that comes out is the user's own.
 
     Args:
@@ -134,21 +137,33 @@ class LocalTrainer(Resumable):
         self.optimizers = make_optimizers(config.sgd if optimizer is None else optimizer, groups)
         made = optimizer_settings(self.optimizers)
         self.schedulers = make_schedulers(scheduler, self.optimizers, config.schedule)
-        self._settings = settings_of(config, criterion, made, self.optimizers, self.schedulers)
         modules = [self.network, *([criterion] if isinstance(criterion, nn.Module) else [])]
         self._graph: StepGraph | None = None
         if config.cuda_graphs:
             self._graph = make_step_graph(self._compute, modules, self.optimizers, self.device)
         self._lanes = make_lanes(self.network, config.streams, self.device, shared=modules[1:])
 
-        self.epoch = 0
-        self.position = 0
-        self.history: list[dict[str, Any]] = []
         self.interrupted = False
-        self._totals = EpochTotals()
-        self._epoch_start = self._loaded_rng = self._epoch_length = None
-        self._generators = []
-        self._stepping, self._first_step, self._ended, self._own = False, True, False, set()
+        self._stepping, self._first_step = False, True
+        self._progress = Progress()
+        self._checkpoints = Checkpoints(
+            TrainingState(self.network, self.optimizers, self.schedulers, self._scaler, self._progress),
+            {**self.network.describe(), "order": config.order, "amp": config.amp, "ranks": self._ranks.count},
+            settings_of(config, criterion, made, self.optimizers, self.schedulers),
+            self._ranks,
+        )
+
+    @property
+    def epoch(self) -> int:
+        return self._progress.epoch
+
+    @property
+    def position(self) -> int:
+        return self._progress.position
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return self._progress.history
 
     # One step
 
@@ -324,7 +339,7 @@ class LocalTrainer(Resumable):
                 while self.epoch < epochs and not interrupt.is_set():
                     if self._train_epoch(loader, interrupt, on_step, path, checkpoint_every):
                         self._finish_epoch(val_loader, path)
-                        with self._kept_in(path):
+                        with self._checkpoints.kept_in(path):
                             if on_epoch is not None:
                                 on_epoch(self, self.history[-1])
                         if path is not None:  # with what the callback changed, such as a learning rate
@@ -338,6 +353,25 @@ class LocalTrainer(Resumable):
                 self.save(path)
         return self.history
 
+    def _begin(
+        self,
+        loader: Iterable[Batch],
+        val_loader: Iterable[Batch] | None,
+        folder: str | Path | None,
+        every: int | None,
+        resume: bool | str | Path,
+    ) -> Path | None:
+        """What ``fit`` does before its first step, where all shows that could only fail later; its checkpoint."""
+        path = self._checkpoints.place(folder, every, resume)
+        if val_loader is not None and length_of(val_loader) == 0:
+            raise ValueError("val_loader has no batch to evaluate; give it images, or None for no validation")
+        if resume:
+            self.load(path if resume is True and path is not None else str(resume))
+        if path is not None:
+            self._ranks.first(functools.partial(checkpoint.check_place, path))
+        self._progress.use(loader)
+        return path
+
     def _train_epoch(
         self,
         loader: Iterable[Batch],
@@ -347,18 +381,18 @@ class LocalTrainer(Resumable):
         every: int | None,
     ) -> bool:
         """The rest of an epoch; False where it was interrupted."""
-        totals, cuda, measure = self._totals, self.device.type == "cuda", self.config.measure_memory
+        totals, cuda, measure = self._progress.totals, self.device.type == "cuda", self.config.measure_memory
         if cuda and measure:
             torch.cuda.reset_peak_memory_stats(self.device)
         last = time.perf_counter()
-        for i, batch in enumerate(self._batches(loader)):
+        for i, batch in enumerate(self._progress.batches(loader)):
             if i == 0 and measure and not cuda and self.config.compile is None:
                 with SavedTensorMeter(self.persistent_tensors()) as meter:
                     result = self.step(batch)
                 totals.peak_memory = max(totals.peak_memory, meter.peak_bytes)
             else:
                 result = self.step(batch)
-            self.position += 1
+            self._progress.position += 1
             totals.add(result.losses[-1], result.logits, batch[1], self._answers)
             if i == 0 and cuda:
                 torch.cuda.synchronize(self.device)
@@ -379,19 +413,23 @@ class LocalTrainer(Resumable):
             totals.tick(time.perf_counter() - last, timed=True, steps=0)
             if measure:
                 totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device))
-        self._ended = True
+        self._progress.ended = True
         return True
 
     def _finish_epoch(self, val_loader: Iterable[Batch] | None, path: Path | None) -> None:
-        check_trained(self._totals, self.epoch)
+        totals = self._progress.totals
+        check_trained(totals, self.epoch)
         self._ranks.broadcast(list(self.network.buffers()))
-        validation = self._validate(val_loader, path) if val_loader is not None else None
-        row = history_row(self.epoch, self._ranks.totals(self._totals), validation, self.optimizers, self.device)
+        validation = None
+        if val_loader is not None:
+            # Where it fails, the epoch is in the checkpoint, and is validated on resuming.
+            with self._checkpoints.kept_in(path), self._progress.kept_rng_state():
+                validation = self._evaluate(val_loader)
+            validation = self._ranks.totals(validation)
+        row = history_row(self.epoch, self._ranks.totals(totals), validation, self.optimizers, self.device)
         if self.config.schedule == "epoch":
             step_schedulers(self.schedulers, row)
-        self.history.append(row)
-        self.epoch, self.position, self._ended = self.epoch + 1, 0, False
-        self._totals, self._epoch_start = EpochTotals(), None
+        self._progress.finish_epoch(row)
 
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float | None]:
         """The deployed model in evaluation mode: ``accuracy`` (0 to 1, None without classes), ``loss``, ``images``.
@@ -422,7 +460,30 @@ class LocalTrainer(Resumable):
             raise ValueError("the loader gave no batch to evaluate")
         return totals
 
-    # What comes out; what is kept in checkpoints, by save and load, is in local/resumable.py
+    # Checkpoints, and what comes out
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint atomically: all that the next step depends on, by rank 0 for all ranks.
+
+        Raises:
+            CheckpointError: a part holds other things than tensors, numbers and strings; the file is as it was.
+        """
+        self._checkpoints.save(path)
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a checkpoint of :meth:`save`, of the same rule, network, blocks and optimizer.
+
+        The numbers of optimizers and schedulers, such as a learning rate, are then the checkpoint's, and all others
+        those that this trainer was made with; one warning names what differs.
+
+        Args:
+            path: the checkpoint, or the folder that ``fit`` wrote it to.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
+        """
+        self._checkpoints.load(path)
 
     def persistent_tensors(self) -> list[Tensor]:
         """Parameters, EMAs and buffers: in memory whether or not there is a graph."""

@@ -143,7 +143,7 @@ def test_autocast(amp: str, order: str, form: str) -> None:
 def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path: Path) -> None:
     trainer = small_trainer(amp="fp16", clip_norm=1.0)
     before = copy.deepcopy(trainer.model.fc.weight)
-    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=128.0)  # the usual start overflows in a few steps
+    trainer._scaler.load_state_dict({**trainer._scaler.state_dict(), "scale": 128.0})  # the usual start overflows
     trainer.step(batch())
     assert not torch.equal(trainer.model.fc.weight, before)
     assert trainer._scaler.get_scale() == 128.0

@@ -1,4 +1,4 @@
-"""What ``LocalTrainer.fit`` keeps track of: the sums of an epoch, its batches from any place on, and Ctrl-C."""
+"""What ``LocalTrainer.fit`` does around the steps of an epoch: their sums, its row of the history, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
-from manpp_kernels import checkpoint
 from manpp_kernels.local.targets import Answers
 
 
@@ -72,22 +70,6 @@ class EpochTotals:
         }
 
 
-def length_of(loader: Iterable[Any]) -> int | None:
-    """How many batches it has, where it says so."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def set_epoch(loader: Iterable[Any], epoch: int) -> None:
-    """Tell a loader and its samplers, where they ask for it, how many epochs are done."""
-    for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        tell = getattr(owner, "set_epoch", None)
-        if callable(tell):
-            tell(epoch)
-
-
 def check_trained(totals: EpochTotals, epoch: int) -> None:
     """Raise where an epoch, of this many before, had no batch."""
     if totals.images == 0:
@@ -124,44 +106,6 @@ def step_schedulers(schedulers: Sequence[Any], row: dict[str, Any]) -> None:
             scheduler.step(row["train_loss"] if row["val_loss"] is None else row["val_loss"])
         else:
             scheduler.step()
-
-
-def batches_from(
-    loader: Iterable[Any],
-    epoch: int,
-    position: int,
-    start: dict[str, Any] | None,
-    now: dict[str, Any],
-    generators: Sequence[torch.Generator],
-    *,
-    resumed: bool = False,
-    ended: bool = False,
-) -> Iterator[Any]:
-    """The batches of an epoch, which the loader knows of, from number ``position`` on, as if those before had just
-    been used.
-
-    The loader is started again with the generators as they were at the epoch's ``start``, so that it draws the same
-    order; the batches already used are drawn and dropped; then the generators are put where they were ``now``.
-    ``resumed`` says that the epochs before were those of another process, ``ended`` that there are no more batches.
-    """
-    fresh = isinstance(loader, DataLoader) and loader.persistent_workers and loader._iterator is None
-    if resumed and epoch > 0 and fresh:
-        # Its workers were there before this epoch, and with them the random number that the loader draws for them.
-        iter(loader)
-    if position == 0 or start is None:
-        checkpoint.set_rng_state(now, generators)
-        yield from loader
-        return
-    checkpoint.set_rng_state(start, generators)
-    iterator = iter(loader)
-    for done in range(position):
-        if next(iterator, None) is None:
-            raise ValueError(
-                f"{position} batches of this epoch are done, and the loader has only {done}: another loader"
-            )
-    checkpoint.set_rng_state(now, generators)
-    if not ended:  # at its end a sampler may draw once more
-        yield from iterator
 
 
 @contextlib.contextmanager
