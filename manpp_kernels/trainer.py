@@ -9,10 +9,8 @@ Used as::
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -24,18 +22,11 @@ from torch import Tensor, nn
 
 from manpp_kernels import checkpoint
 from manpp_kernels.local.compiled import compile_blocks
-from manpp_kernels.local.config import (
-    AMP_DTYPES,
-    OptimizerFactory,
-    SchedulerFactory,
-    TrainerConfig,
-    make_optimizers,
-    make_schedulers,
-)
+from manpp_kernels.local.config import OptimizerFactory, SchedulerFactory, TrainerConfig, make_schedulers
 from manpp_kernels.local.epoch import EpochTotals, check_trained, deferred_interrupt, history_row, step_schedulers
-from manpp_kernels.local.graphs import StepGraph, make_step_graph
+from manpp_kernels.local.graphs import StepGraph, check_device, make_step_graph
 from manpp_kernels.local.memory import SavedTensorMeter
-from manpp_kernels.local.network import LocalBlock, LocalNetwork
+from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.partition import evaluating, partition
 from manpp_kernels.local.parts import adapt
 from manpp_kernels.local.progress import Progress, length_of
@@ -44,8 +35,7 @@ from manpp_kernels.local.replicas import Alone, Replicas
 from manpp_kernels.local.resume import CHECKPOINT_NAME, Checkpoints, TrainingState
 from manpp_kernels.local.resume_settings import optimizer_settings, settings_of
 from manpp_kernels.local.rules import make_rule
-from manpp_kernels.local.step import Batch, StepResult, StepSums, check_batch, check_loss, check_pair
-from manpp_kernels.local.streams import make_lanes
+from manpp_kernels.local.step import Batch, StepResult, TrainingStep, autocast, check_batch, check_loss, check_pair
 from manpp_kernels.local.targets import (
     Criterion,
     answers_to,
@@ -76,6 +66,7 @@ class LocalTrainer:
 
     Attributes:
         model, config, device, network: what is trained; ``network`` holds the local blocks.
+        optimizers, schedulers: one of each, in the unlocked order one for each block; no schedulers without a factory.
         epoch, position: epochs done, and batches done of the current one.
         history: a row for each epoch done.
         interrupted: whether the last ``fit`` was ended by Ctrl-C.
@@ -113,6 +104,8 @@ class LocalTrainer:
         parts = partition(model, blocks, example=example, balance=config.balance, recompute=config.recompute)
         if parts.parts.recomputed and config.compile is not None:
             raise ValueError("units that are recomputed (activation checkpointing) do not go with compile")
+        if config.cuda_graphs:
+            check_device(self.device)
         self._criterion = make_criterion(criterion, config.label_smoothing, self.device)
         self._labels, self._ignored = takes_class_numbers(criterion), ignored_label(criterion)
         self._answers = answers_to(criterion)
@@ -122,32 +115,27 @@ class LocalTrainer:
             if isinstance(module, Recomputed):
                 module.capturable = config.cuda_graphs
         self._ranks = Replicas(self.network.persistent_tensors(), self.device) if config.data_parallel else Alone()
-        self._amp_dtype = AMP_DTYPES[config.amp]
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         if config.compile is not None:
             # A capture launches what the steps before it did; code for any size, made for a smaller last batch, would
             # come in between, and has not run by then.
             compile_blocks(self.network, config.compile, dynamic=False if config.cuda_graphs else None)
 
-        self._unlocked = config.order == "unlocked"
-        self._ema = [self.network.ema_updates()] if self._unlocked else self.network.ema_updates_by_block()
+        factory = config.sgd if optimizer is None else optimizer
+        shared = [criterion] if isinstance(criterion, nn.Module) else []
+        self._local_step = TrainingStep(self.network, config, factory, self.device, ranks=self._ranks, shared=shared)
+        self.optimizers = self._local_step.optimizers
         self._own_parameters = list(model.parameters())
-        self._by_block = by_block = [block.trainable() for block in self.network]
-        groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
-        self.optimizers = make_optimizers(config.sgd if optimizer is None else optimizer, groups)
         made = optimizer_settings(self.optimizers)
         self.schedulers = make_schedulers(scheduler, self.optimizers, config.schedule)
-        modules = [self.network, *([criterion] if isinstance(criterion, nn.Module) else [])]
         self._graph: StepGraph | None = None
         if config.cuda_graphs:
-            self._graph = make_step_graph(self._compute, modules, self.optimizers, self.device)
-        self._lanes = make_lanes(self.network, config.streams, self.device, shared=modules[1:])
+            self._graph = make_step_graph(self._local_step, [self.network, *shared], self.optimizers, self.device)
 
         self.interrupted = False
         self._stepping, self._first_step = False, True
         self._progress = Progress()
         self._checkpoints = Checkpoints(
-            TrainingState(self.network, self.optimizers, self.schedulers, self._scaler, self._progress),
+            TrainingState(self.network, self.optimizers, self.schedulers, self._local_step.scaler, self._progress),
             {**self.network.describe(), "order": config.order, "amp": config.amp, "ranks": self._ranks.count},
             settings_of(config, criterion, made, self.optimizers, self.schedulers),
             self._ranks,
@@ -191,83 +179,11 @@ class LocalTrainer:
             self.model.train()
             self.network.train()
         self._stepping = True
-        result = self._compute(images, targets) if self._graph is None else self._graph.step(images, targets)
+        result = self._local_step(images, targets) if self._graph is None else self._graph.step(images, targets)
         for scheduler in self.schedulers if self.config.schedule == "step" else ():
             scheduler.step()
         self._stepping = False
         return result
-
-    def _compute(self, images: Tensor, targets: Tensor) -> StepResult:
-        """The step itself, which depends on tensors on the device alone."""
-        count = self.config.accumulate
-        parts = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        return self._step_unlocked(parts) if self._unlocked else self._step_published(parts)
-
-    def _step_published(self, parts: list[Batch]) -> StepResult:
-        """For each block forward, backward, EMA update; then the optimizer, once for all."""
-        sums, overlapping = StepSums(parts, len(self.network)), self.network.rule.overlapping
-        with self._lanes.step():
-            for i, (images, targets) in enumerate(parts):
-                x = images
-                for j, block in enumerate(self.network):
-                    with self._lanes.block(j):
-                        x = self._forward_backward(block, x, images, targets, sums, j)
-                        if i == len(parts) - 1:
-                            self._ema[j].update()
-                            if not overlapping:
-                                self._ranks.start(self._by_block[j])
-        for parameters in self._by_block if overlapping else ():
-            self._ranks.start(parameters)
-        self._ranks.finish()
-        self._optimize(self.optimizers[0], self._by_block)
-        self._scaler.update()
-        return sums.result()
-
-    def _step_unlocked(self, parts: list[Batch]) -> StepResult:
-        """All EMA updates; then for each block forward, backward, optimizer, and its gradients are gone."""
-        sums = StepSums(parts, len(self.network))
-        self._ema[0].update()
-        xs = [images for images, _ in parts]
-        with self._lanes.step():
-            for j, (block, optimizer) in enumerate(zip(self.network, self.optimizers, strict=True)):
-                with self._lanes.block(j):
-                    for i, (images, targets) in enumerate(parts):
-                        xs[i] = self._forward_backward(block, xs[i], images, targets, sums, j)
-                    block.release()
-                    self._ranks.start(self._by_block[j])
-                    self._ranks.finish()
-                    self._optimize(optimizer, [self._by_block[j]])
-                    optimizer.zero_grad(set_to_none=True)
-        self._scaler.update()
-        return sums.result()
-
-    def _forward_backward(
-        self, block: LocalBlock, x: Tensor, images: Tensor, targets: Tensor, sums: StepSums, j: int
-    ) -> Tensor:
-        """One micro-batch through one block; returns what the next block takes."""
-        x = self._lanes.take(j, x)
-        with self._autocast():
-            features, loss, logits = block(x, images, targets)
-            check_loss(loss)
-        share = len(images) / sums.images
-        self._scaler.scale(loss if share == 1.0 else loss * share).backward()
-        sums.add(j, loss.detach(), share, logits)
-        return features
-
-    def _optimize(self, optimizer: torch.optim.Optimizer, blocks: list[list[nn.Parameter]]) -> None:
-        """Clip the gradients of each block, and step."""
-        if self.config.clip_norm is not None:
-            self._scaler.unscale_(optimizer)
-            for parameters in blocks:
-                nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
-        self._scaler.step(optimizer)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._amp_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self._amp_dtype)
 
     def _check_model(self) -> None:
         """Raise where the model is no longer what the blocks and optimizers hold, and would not be what is trained."""
@@ -451,7 +367,7 @@ class LocalTrainer:
                     continue
                 self._check_labels(batch[1], first=totals.images == 0)
                 images, targets = self._on_device(batch)
-                with self._autocast():
+                with autocast(self.config, self.device):
                     logits = self.model(images)
                     loss = self._criterion(logits, targets)
                     check_loss(loss)

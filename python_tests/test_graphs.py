@@ -119,7 +119,7 @@ def recorded(trainer: LocalTrainer, *criteria: torch.nn.Module) -> Recorder:
         if isinstance(module, Recomputed):
             module.capturable = True
     device: Any = recorder
-    trainer._graph = StepGraph(trainer._compute, [trainer.network, *criteria], trainer.optimizers, device)
+    trainer._graph = StepGraph(trainer._local_step, [trainer.network, *criteria], trainer.optimizers, device)
     return recorder
 
 
@@ -262,7 +262,7 @@ def test_a_checkpoint_from_before_the_first_step(tmp_path) -> None:
 def test_a_trainer_and_its_graph_go_with_its_last_reference() -> None:
     trainer = make(rule="dgl")
     gone = weakref.ref(trainer)
-    trainer._graph = StepGraph(trainer._compute, [trainer.network], trainer.optimizers, Recorder(None))  # type: ignore[arg-type]
+    trainer._graph = StepGraph(trainer._local_step, [trainer.network], trainer.optimizers, Recorder(None))  # type: ignore[arg-type]
     trainer.step(batches(1)[0])
     gc.disable()
     try:

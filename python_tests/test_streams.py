@@ -159,7 +159,7 @@ def batches(count: int, device: str = "cpu", n: int = 8) -> list[tuple[Tensor, T
 
 
 def on_streams(trainer: LocalTrainer, count: int) -> LocalTrainer:
-    trainer._lanes = Streams(trainer.network, count, trainer.device)
+    trainer._local_step.lanes = Streams(trainer.network, count, trainer.device)
     return trainer
 
 
@@ -286,7 +286,7 @@ class Averaging(nn.Module):
 
 def test_a_criterion_that_changes(cuda: Races) -> None:
     trainer, criterion = make(rule="dgl"), Averaging()
-    trainer._lanes = Streams(trainer.network, 2, trainer.device, [criterion])
+    trainer._local_step.lanes = Streams(trainer.network, 2, trainer.device, [criterion])
     for block in trainer.network:
         (block.auxiliary or block).criterion = criterion  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"the criterion changes a buffer.*streams=1"), cuda:

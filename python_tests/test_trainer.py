@@ -87,7 +87,7 @@ def test_accumulation_of_equal_parts_is_their_mean_gradient_and_moves_the_ema_on
     by_hand = small_trainer(small_model().double(), order=order, rule_options={"form": form})
     by_hand.network.load_state_dict(before)
     if order == "unlocked":
-        by_hand._ema[0].update()
+        by_hand.network.ema_updates().update()
     for half in (slice(0, 4), slice(4, 8)):
         x = images[half]
         for block in by_hand.network:
@@ -95,7 +95,7 @@ def test_accumulation_of_equal_parts_is_their_mean_gradient_and_moves_the_ema_on
             (out.loss / 2).backward()
             x = out.features
     if order == "published":
-        for ema in by_hand._ema:
+        for ema in by_hand.network.ema_updates_by_block():
             ema.update()
     for optimizer in by_hand.optimizers:
         optimizer.step()
@@ -143,19 +143,20 @@ def test_autocast(amp: str, order: str, form: str) -> None:
 def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path: Path) -> None:
     trainer = small_trainer(amp="fp16", clip_norm=1.0)
     before = copy.deepcopy(trainer.model.fc.weight)
-    trainer._scaler.load_state_dict({**trainer._scaler.state_dict(), "scale": 128.0})  # the usual start overflows
+    scaler = trainer._local_step.scaler
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 128.0})  # the usual start overflows in a few steps
     trainer.step(batch())
     assert not torch.equal(trainer.model.fc.weight, before)
-    assert trainer._scaler.get_scale() == 128.0
+    assert scaler.get_scale() == 128.0
     before = copy.deepcopy(trainer.model.fc.weight)
     images, targets = batch()
     trainer.step((images * float("inf"), targets))
     assert torch.equal(trainer.model.fc.weight, before)
-    assert trainer._scaler.get_scale() == 64.0
+    assert scaler.get_scale() == 64.0
     trainer.save(tmp_path / "c.pt")
     other = small_trainer(amp="fp16", clip_norm=1.0)
     other.load(tmp_path / "c.pt")
-    assert other._scaler.get_scale() == 64.0
+    assert other._local_step.scaler.get_scale() == 64.0
 
 
 @pytest.mark.parametrize("order", ["published", "unlocked"])

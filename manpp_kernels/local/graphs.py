@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -88,8 +87,7 @@ class StepGraph:
 
     Args:
         compute: a whole step on images and targets, from dropping the gradients to the optimizer. What it does has to
-            depend on tensors alone, and it must not wait for the device. A bound method, whose object is not kept
-            alive: that owns the graph.
+            depend on tensors alone, and it must not wait for the device.
         modules: whose parameters and buffers it works on.
         optimizers: those it steps.
         device: where it runs.
@@ -104,7 +102,7 @@ class StepGraph:
         optimizers: Sequence[torch.optim.Optimizer],
         device: Device,
     ) -> None:
-        self._compute, self._optimizers, self._device = weakref.WeakMethod(compute), optimizers, device
+        self._compute, self._optimizers, self._device = compute, optimizers, device
         # Where the tensors are registered: a replaced one shows there, and going through the modules takes longer.
         every = [m for module in modules for m in module.modules()]
         self._places = [place for m in every for place in (m._parameters, m._buffers) if place]
@@ -157,9 +155,7 @@ class StepGraph:
         return StepResult(list(losses.unbind()), logits)
 
     def _call(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        compute = self._compute()
-        assert compute is not None
-        result = compute(images, targets)
+        result = self._compute(images, targets)
         return torch.stack(result.losses), result.logits
 
     def _capture(self, images: Tensor, targets: Tensor) -> None:
@@ -201,15 +197,19 @@ class StepGraph:
 def make_step_graph(
     compute: Compute, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], device: torch.device
 ) -> StepGraph:
-    """A :class:`StepGraph` for a device.
+    """A :class:`StepGraph` for a GPU.
 
     Raises:
-        ValueError: the device is no GPU, or an optimizer cannot be captured.
+        ValueError: an optimizer cannot be captured.
     """
-    if device.type != "cuda":
-        raise ValueError(f"cuda_graphs needs a CUDA device, and the model is on {device}")
     check_capturable(optimizers)
     return StepGraph(compute, modules, optimizers, Device(device))
+
+
+def check_device(device: torch.device) -> None:
+    """Raise where a device has no graphs."""
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a CUDA device, and the model is on {device}")
 
 
 def check_capturable(optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -1,13 +1,21 @@
-"""What goes into a training step and what comes out of it."""
+"""A training step: what goes into it, the two orders it can take, and what comes out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from manpp_kernels.local.block import LocalBlock
+from manpp_kernels.local.config import AMP_DTYPES, OptimizerFactory, TrainerConfig, make_optimizers
+from manpp_kernels.local.network import LocalNetwork
+from manpp_kernels.local.replicas import Alone
+from manpp_kernels.local.streams import make_lanes
 from manpp_kernels.local.targets import BatchError
 
 Batch = tuple[Tensor, Tensor]
@@ -42,6 +50,115 @@ class StepSums:
     def result(self) -> StepResult:
         logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
         return StepResult([torch.as_tensor(loss) for loss in self._losses], logits)
+
+
+class TrainingStep:
+    """A step of every block: forward, backward, EMA update and optimizer, in the published or the unlocked order.
+
+    Args:
+        network: whose blocks are trained.
+        config: order, micro-batches, clipping, precision, streams.
+        optimizer: from a list of parameters to an optimizer; called once, in the unlocked order once a block.
+        device: where the network is.
+        ranks: whose gradients are averaged.
+        shared: modules that every block calls, as the criterion.
+
+    Attributes:
+        optimizers, scaler: of the parameters, and of the loss in half precision.
+        lanes: where the blocks run.
+    """
+
+    def __init__(
+        self,
+        network: LocalNetwork,
+        config: TrainerConfig,
+        optimizer: OptimizerFactory,
+        device: torch.device,
+        *,
+        ranks: Alone,
+        shared: Sequence[nn.Module] = (),
+    ) -> None:
+        self._network, self._config, self._device, self._ranks = network, config, device, ranks
+        self._unlocked = config.order == "unlocked"
+        self._ema = [network.ema_updates()] if self._unlocked else network.ema_updates_by_block()
+        self._by_block = by_block = [block.trainable() for block in network]
+        groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
+        self.optimizers = make_optimizers(optimizer, groups)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.lanes = make_lanes(network, config.streams, device, shared=shared)
+
+    def __call__(self, images: Tensor, targets: Tensor) -> StepResult:
+        """The step, of a batch on the device; it depends on tensors on the device alone, and waits for none."""
+        count = self._config.accumulate
+        parts = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return self._unlocked_step(parts) if self._unlocked else self._published_step(parts)
+
+    def _published_step(self, parts: list[Batch]) -> StepResult:
+        """For each block forward, backward, EMA update; then the optimizer, once for all."""
+        sums, overlapping = StepSums(parts, len(self._network)), self._network.rule.overlapping
+        with self.lanes.step():
+            for i, (images, targets) in enumerate(parts):
+                x = images
+                for j, block in enumerate(self._network):
+                    with self.lanes.block(j):
+                        x = self._forward_backward(block, x, images, targets, sums, j)
+                        if i == len(parts) - 1:
+                            self._ema[j].update()
+                            if not overlapping:
+                                self._ranks.start(self._by_block[j])
+        for parameters in self._by_block if overlapping else ():
+            self._ranks.start(parameters)
+        self._ranks.finish()
+        self._optimize(self.optimizers[0], self._by_block)
+        self.scaler.update()
+        return sums.result()
+
+    def _unlocked_step(self, parts: list[Batch]) -> StepResult:
+        """All EMA updates; then for each block forward, backward, optimizer, and its gradients are gone."""
+        sums = StepSums(parts, len(self._network))
+        self._ema[0].update()
+        xs = [images for images, _ in parts]
+        with self.lanes.step():
+            for j, (block, optimizer) in enumerate(zip(self._network, self.optimizers, strict=True)):
+                with self.lanes.block(j):
+                    for i, (images, targets) in enumerate(parts):
+                        xs[i] = self._forward_backward(block, xs[i], images, targets, sums, j)
+                    block.release()
+                    self._ranks.start(self._by_block[j])
+                    self._ranks.finish()
+                    self._optimize(optimizer, [self._by_block[j]])
+                    optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return sums.result()
+
+    def _forward_backward(
+        self, block: LocalBlock, x: Tensor, images: Tensor, targets: Tensor, sums: StepSums, j: int
+    ) -> Tensor:
+        """One micro-batch through one block; returns what the next block takes."""
+        x = self.lanes.take(j, x)
+        with autocast(self._config, self._device):
+            features, loss, logits = block(x, images, targets)
+            check_loss(loss)
+        share = len(images) / sums.images
+        self.scaler.scale(loss if share == 1.0 else loss * share).backward()
+        sums.add(j, loss.detach(), share, logits)
+        return features
+
+    def _optimize(self, optimizer: torch.optim.Optimizer, blocks: list[list[nn.Parameter]]) -> None:
+        """Clip the gradients of each block, and step."""
+        if self._config.clip_norm is not None:
+            self.scaler.unscale_(optimizer)
+            for parameters in blocks:
+                nn.utils.clip_grad_norm_(parameters, self._config.clip_norm)
+        self.scaler.step(optimizer)
+
+
+def autocast(config: TrainerConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The precision that ``config`` asks for."""
+    dtype = AMP_DTYPES[config.amp]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def check_batch(batch: Batch, accumulate: int, least_images: Callable[[], int]) -> None:
