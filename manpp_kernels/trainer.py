@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,15 @@ from torch import Tensor, nn
 from manpp_kernels import checkpoint
 from manpp_kernels.local.compiled import compile_blocks
 from manpp_kernels.local.config import OptimizerFactory, SchedulerFactory, TrainerConfig, make_schedulers
-from manpp_kernels.local.epoch import EpochTotals, check_trained, deferred_interrupt, history_row, step_schedulers
+from manpp_kernels.local.epoch import (
+    EpochMeter,
+    EpochTotals,
+    check_trained,
+    deferred_interrupt,
+    history_row,
+    step_schedulers,
+)
 from manpp_kernels.local.graphs import StepGraph, check_device, make_step_graph
-from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.partition import evaluating, partition
 from manpp_kernels.local.parts import adapt
@@ -297,38 +302,22 @@ class LocalTrainer:
         every: int | None,
     ) -> bool:
         """The rest of an epoch; False where it was interrupted."""
-        totals, cuda, measure = self._progress.totals, self.device.type == "cuda", self.config.measure_memory
-        if cuda and measure:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        last = time.perf_counter()
-        for i, batch in enumerate(self._progress.batches(loader)):
-            if i == 0 and measure and not cuda and self.config.compile is None:
-                with SavedTensorMeter(self.persistent_tensors()) as meter:
-                    result = self.step(batch)
-                totals.peak_memory = max(totals.peak_memory, meter.peak_bytes)
-            else:
+        totals = self._progress.totals
+        meter = EpochMeter(totals, self.config, self.device, self.persistent_tensors)
+        for batch in self._progress.batches(loader):
+            with meter.step():
                 result = self.step(batch)
             self._progress.position += 1
             totals.add(result.losses[-1], result.logits, batch[1], self._answers)
-            if i == 0 and cuda:
-                torch.cuda.synchronize(self.device)
-            now = time.perf_counter()
-            totals.tick(now - last, timed=i > 0)
-            last = now
-            if measure and self._graph is not None:
-                totals.peak_memory = max(totals.peak_memory, self._graph.peak_bytes)
+            meter.tick(0 if self._graph is None else self._graph.peak_bytes)
             if on_step is not None:
                 on_step(self, result)
             if path is not None and every and self.position % every == 0:
                 self.save(path)
-                last = time.perf_counter()
+                meter.skip()
             if interrupt.is_set():
                 return False
-        if cuda:
-            torch.cuda.synchronize(self.device)
-            totals.tick(time.perf_counter() - last, timed=True, steps=0)
-            if measure:
-                totals.peak_memory = max(totals.peak_memory, torch.cuda.max_memory_allocated(self.device))
+        meter.end()
         self._progress.ended = True
         return True
 

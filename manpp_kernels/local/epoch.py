@@ -1,4 +1,4 @@
-"""What ``LocalTrainer.fit`` does around the steps of an epoch: their sums, its row of the history, and Ctrl-C."""
+"""What ``LocalTrainer.fit`` does around the steps of an epoch: sums, time, memory, the row of the history, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from manpp_kernels.local.config import TrainerConfig
+from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.targets import Answers
 
 
@@ -68,6 +71,65 @@ class EpochTotals:
             "images_per_second": self.images / max(self.seconds, 1e-9),
             "peak_memory_bytes": self.peak_memory,
         }
+
+
+class EpochMeter:
+    """Times the steps of an epoch, from where it is made on, and measures their memory.
+
+    The first step is none of the timed ones: it sets up what the others use, and on a CPU is slowed by the measuring.
+
+    Args:
+        totals: what all is added to.
+        config: whether memory is measured.
+        device: where the steps run.
+        persistent: what is in memory anyway, and does not count where saved tensors do.
+    """
+
+    def __init__(
+        self, totals: EpochTotals, config: TrainerConfig, device: torch.device, persistent: Callable[[], list[Tensor]]
+    ) -> None:
+        self._totals, self._device, self._persistent = totals, device, persistent
+        self._memory, self._on_gpu = config.measure_memory, device.type == "cuda"
+        self._saved_tensors = self._memory and not self._on_gpu and config.compile is None
+        self._steps = 0
+        if self._memory and self._on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self._last = time.perf_counter()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step."""
+        if self._steps > 0 or not self._saved_tensors:
+            yield
+            return
+        with SavedTensorMeter(self._persistent()) as meter:
+            yield
+        self._see(meter.peak_bytes)
+
+    def tick(self, captured_bytes: int) -> None:
+        """A step is done; ``captured_bytes`` are those that its graph takes, which the allocator does not see."""
+        first, self._steps = self._steps == 0, self._steps + 1
+        if first and self._on_gpu:
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self._totals.tick(now - self._last, timed=not first)
+        self._last = now
+        self._see(captured_bytes)
+
+    def skip(self) -> None:
+        """What was done since the last step is no time of the training's."""
+        self._last = time.perf_counter()
+
+    def end(self) -> None:
+        """The epoch has no more steps; waits for those that are still under way."""
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+            self._totals.tick(time.perf_counter() - self._last, timed=True, steps=0)
+            self._see(torch.cuda.max_memory_allocated(self._device))
+
+    def _see(self, peak: int) -> None:
+        if self._memory:
+            self._totals.peak_memory = max(self._totals.peak_memory, peak)
 
 
 def check_trained(totals: EpochTotals, epoch: int) -> None:
