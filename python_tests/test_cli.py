@@ -280,6 +280,8 @@ class TestErrors:
             main(["train", "--help"])
         text = capsys.readouterr().out
         assert all(f"--{name.replace('_', '-')}" in text for name in Settings.of({}).values())
+        words = " ".join(text.split())  # an option of this name means one thing to AugLocal, another to MAN and MAN++
+        assert re.search(r"auglocal: d, residual blocks .* \[2\]; man, man\+\+: units in front .* \[1\]", words)
 
     def test_the_page_lists_every_rule(self) -> None:
         listed = re.search(r"^- `--rule`: (.*?);", PAGE, flags=re.MULTILINE)

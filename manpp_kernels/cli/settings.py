@@ -93,16 +93,19 @@ def _trainer_options() -> list[Option]:
 
 
 def _rule_options() -> list[Option]:
-    """The options of all rules, those that several have once."""
+    """The options of all rules; one that several have is one option, with what it means to each of them."""
     merged: dict[str, Option] = {}
-    owners: dict[str, list[str]] = {}
+    owners: dict[str, dict[str, list[str]]] = {}  # of each option, by its texts
     for rule in rule_names():
         for spec in options_of(make_rule(rule).Options):
             known = merged.setdefault(spec.name, spec)
             kinds = known.kinds + [kind for kind in spec.kinds if kind not in known.kinds]
             merged[spec.name] = dataclasses.replace(known, kinds=kinds)
-            owners.setdefault(spec.name, []).append(rule)
-    return [dataclasses.replace(spec, text=f"{', '.join(owners[name])}: {spec.text}") for name, spec in merged.items()]
+            owners.setdefault(spec.name, {}).setdefault(spec.text, []).append(rule)
+    return [
+        dataclasses.replace(spec, text="; ".join(f"{', '.join(r)}: {text}" for text, r in owners[name].items()))
+        for name, spec in merged.items()
+    ]
 
 
 def add_setting_options(parser: argparse.ArgumentParser) -> None:

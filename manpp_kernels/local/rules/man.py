@@ -41,7 +41,7 @@ class ManOptions(HostedOptions):
     Attributes:
         momentum: m of the EMA.
         ema_init: the EMA starts as a ``"copy"`` of the unit it follows, or ``"fresh"`` from the initial distribution.
-        lb_init: the same for the trainable copy.
+        lb_init: the same for the trainable copies.
         parts: what y is made of: ``"both"``; ``"lb"``, a trainable copy of the unit without EMA; ``"ema"``, the EMA
             without a trainable copy. One alone takes half the compute, and has no scale.
         auxiliary_depth: units in front of the host's head: the first as above, the others trainable copies of those
