@@ -202,15 +202,17 @@ class EmaPlan:
             scale = torch.empty(self._entries, device=on)
         with torch.no_grad():  # whether ema may be written is asked at an update
             op.check_arguments(
-                self.ema,
-                self.params,
-                momentum,
-                scale,
-                self.bias,
-                self.groups,
-                self.total,
-                self.rounding,
-                self.generator,
+                op.Arguments(
+                    self.ema,
+                    self.params,
+                    momentum,
+                    scale,
+                    self.bias,
+                    self.groups,
+                    self.total,
+                    self.rounding,
+                    self.generator,
+                )
             )
         devices = {e.device for e in self.ema}
         if len(devices) > 1:

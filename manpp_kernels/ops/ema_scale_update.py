@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -154,12 +154,37 @@ def attach_effective_weights(
 SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A seed for stochastic rounding, by default from the device's generator: reproducible under torch.manual_seed."""
     return torch.randint(SEED_MIN, SEED_MAX, (), dtype=torch.int64, device=device, generator=generator)
 
 
 Rounding = Literal["nearest", "stochastic"]
+
+
+class Arguments(NamedTuple):
+    """The arguments of :func:`ema_scale_update`, tensors in lists."""
+
+    ema: list[Tensor]
+    params: list[Tensor]
+    momentum: float | Tensor
+    scale: Tensor | None
+    bias: list[Tensor] | None
+    groups: Sequence[int] | None
+    total: float
+    rounding: str
+    generator: torch.Generator | None
+
+    def on(self, device: torch.device) -> Arguments:
+        """Those of the tensors on one device."""
+        chosen = [i for i, e in enumerate(self.ema) if e.device == device]
+
+        def pick(values: Any) -> Any:
+            return None if values is None else [values[i] for i in chosen]
+
+        return self._replace(
+            ema=pick(self.ema), params=pick(self.params), bias=pick(self.bias), groups=pick(self.groups)
+        )
 
 
 @overload
@@ -240,12 +265,11 @@ def ema_scale_update(
             # Autograd must know of a write it did not see, or a graph that saved the old EMA would use the new one.
             torch.autograd.graph.increment_version(ema)
             return _finish(ema, scale, biases, groups, total, out)
-    check_arguments(ema, params, momentum, scale, biases, groups, total, rounding, generator)
+    arguments = Arguments(ema, params, momentum, scale, biases, groups, total, rounding, generator)
+    check_arguments(arguments)
     out = None if biases is None else [torch.empty_like(b.detach()) for b in biases]
-    devices = {e.device for e in ema}
-    for device in devices:
-        chosen = None if len(devices) == 1 else [i for i, e in enumerate(ema) if e.device == device]
-        _update_on(device, chosen, ema, params, momentum, scale, biases, groups, total, rounding, generator, out)
+    for device in {e.device for e in ema}:
+        _update_on(device, arguments.on(device), [w for w in out or () if w.device == device])
     return _finish(ema, scale, biases, groups, total, out)
 
 
@@ -318,46 +342,37 @@ def _finish(
     return attach_effective_weights(out, scale, bias, ema, list(groups or ()), float(total))
 
 
-def check_arguments(
-    ema: list[Tensor],
-    params: list[Tensor],
-    momentum: float | Tensor,
-    scale: Tensor | None,
-    bias: list[Tensor] | None,
-    groups: Sequence[int] | None,
-    total: float,
-    rounding: str,
-    generator: torch.Generator | None = None,
-) -> None:
-    """Everything that can be wrong with the arguments of :func:`ema_scale_update`."""
-    _checks.check_tensors("ema", ema)
-    _checks.check_tensors("params", params, ema)
-    if bias is not None:
-        _checks.check_tensors("bias", bias, ema)
-    _checks.check_scale(scale, bias, groups, total, len(ema))
-    _checks.check_rounding(rounding)
+def check_arguments(a: Arguments) -> None:
+    """Everything that can be wrong with them."""
+    _checks.check_tensors("ema", a.ema)
+    _checks.check_tensors("params", a.params, a.ema)
+    if a.bias is not None:
+        _checks.check_tensors("bias", a.bias, a.ema)
+    _checks.check_scale(a.scale, a.bias, a.groups, a.total, len(a.ema))
+    _checks.check_rounding(a.rounding)
     compiling = torch.compiler.is_compiling()
-    if not compiling and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (*ema, *params))):
+    if not compiling and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (*a.ema, *a.params))):
         raise RuntimeError("a transform of torch.func sees no write in place; update the EMA outside of it")
-    if bias is not None and not compiling:
-        check_no_transform(scale, bias)
-    devices = {e.device for e in ema}
+    if a.bias is not None and not compiling:
+        check_no_transform(a.scale, a.bias)
+    devices = {e.device for e in a.ema}
     for device in devices:
         if not compiling:
             backends.override(device)  # a backend that cannot serve one of several devices is an error before the first
-        _checks.check_momentum(momentum, device)
-        if scale is not None and scale.device != device:
-            raise ValueError(f"scale is on {scale.device}, and there are ema tensors on {device}")
-        if generator is not None and rounding == "stochastic":
-            _checks.check_generator(generator, device)
+        _checks.check_momentum(a.momentum, device)
+        if a.scale is not None and a.scale.device != device:
+            raise ValueError(f"scale is on {a.scale.device}, and there are ema tensors on {device}")
+        if a.generator is not None and a.rounding == "stochastic":
+            _checks.check_generator(a.generator, device)
     if not devices:
-        _checks.check_momentum(momentum, momentum.device if isinstance(momentum, Tensor) else torch.device("cpu"))
-    _checks.check_writable(ema)
+        _checks.check_momentum(a.momentum, a.momentum.device if isinstance(a.momentum, Tensor) else torch.device("cpu"))
+    _checks.check_writable(a.ema)
     if not compiling:
-        read: list[_checks.Named] = [("params", i, p) for i, p in enumerate(params)]
-        read += [("bias", i, b) for i, b in enumerate(bias or ())]
-        read += [(name, None, t) for name, t in (("momentum", momentum), ("scale", scale)) if isinstance(t, Tensor)]
-        _checks.check_no_overlap([("ema", i, e) for i, e in enumerate(ema)], read)
+        read: list[_checks.Named] = [("params", i, p) for i, p in enumerate(a.params)]
+        read += [("bias", i, b) for i, b in enumerate(a.bias or ())]
+        scalars = (("momentum", a.momentum), ("scale", a.scale))
+        read += [(name, None, t) for name, t in scalars if isinstance(t, Tensor)]
+        _checks.check_no_overlap([("ema", i, e) for i, e in enumerate(a.ema)], read)
 
 
 def check_no_transform(scale: Tensor | None, bias: list[Tensor]) -> None:
@@ -373,34 +388,17 @@ def check_no_transform(scale: Tensor | None, bias: list[Tensor]) -> None:
         )
 
 
-def _update_on(
-    device: torch.device,
-    chosen: list[int] | None,
-    ema: list[Tensor],
-    params: list[Tensor],
-    momentum: float | Tensor,
-    scale: Tensor | None,
-    bias: list[Tensor] | None,
-    groups: Sequence[int] | None,
-    total: float,
-    rounding: str,
-    generator: torch.Generator | None,
-    out: list[Tensor] | None,
-) -> None:
-    """One launch: the pairs on ``device``, which are those numbered in ``chosen`` (all of them if None)."""
-
-    def pick(values: Any) -> list[Any]:
-        return [] if values is None else list(values) if chosen is None else [values[i] for i in chosen]
-
+def _update_on(device: torch.device, a: Arguments, out: list[Tensor]) -> None:
+    """One launch, of tensors that are all on ``device``."""
     _update(
         device,
-        [e.detach() for e in pick(ema)],
-        [p.detach() for p in pick(params)],
-        *_checks.split_momentum(momentum),
-        None if scale is None else scale.detach().contiguous(),
-        [b.detach() for b in pick(bias)],
-        pick(groups),
-        float(total),
-        draw_seed(device, generator) if rounding == "stochastic" else None,
-        pick(out),
+        [e.detach() for e in a.ema],
+        [p.detach() for p in a.params],
+        *_checks.split_momentum(a.momentum),
+        None if a.scale is None else a.scale.detach().contiguous(),
+        [b.detach() for b in a.bias or ()],
+        list(a.groups or ()),
+        float(a.total),
+        draw_seed(device, a.generator) if a.rounding == "stochastic" else None,
+        out,
     )
