@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels.ops import _checks
-from manpp_kernels.ops.ema_scale_update import Rounding, ema_scale_update, update_common_case
+from manpp_kernels.ops._checks import Rounding
+from manpp_kernels.ops.ema_scale_update import ema_scale_update, update_common_case
 from manpp_kernels.plan import EmaPlan
 
 

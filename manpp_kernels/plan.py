@@ -182,7 +182,7 @@ class EmaPlan:
         bias: Tensor | Sequence[Tensor] | None = None,
         groups: Sequence[int] | None = None,
         total: float = 2.0,
-        rounding: op.Rounding = "nearest",
+        rounding: _checks.Rounding = "nearest",
         generator: torch.Generator | None = None,
     ) -> None:
         self.ema, self.params = _checks.as_list("ema", ema), _checks.as_list("params", params)

@@ -15,7 +15,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from manpp_kernels.local.partition import Partition, Segment
+from manpp_kernels.local.parts import has_parameters
 from manpp_kernels.local.targets import Criterion
 from manpp_kernels.ops.ema_scale_update import attach_effective_weights
 from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
 from manpp_kernels.plan import EmaPlan
 
 Units = Literal["next", "stages"]
-UNITS = ("next", "stages")
+UNITS = get_args(Units)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Site:
 
 
 def _check_copied(unit: Segment) -> None:
-    if not any(True for _ in unit.module.parameters()):
+    if not has_parameters(unit.module):
         raise ValueError(f"{unit.name} has no parameters to average; set the boundary before a unit that has some")
     if unit.writes_input:
         raise ValueError(
@@ -148,7 +149,7 @@ class Transformed(Auxiliary):
 
 
 Init = Literal["copy", "fresh"]
-INITS = ("copy", "fresh")
+INITS = get_args(Init)
 
 
 def copy_unit(unit: nn.Module, init: Init, fresh: Callable[[nn.Module], None], *, trainable: bool) -> nn.Module:

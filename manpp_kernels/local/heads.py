@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,7 @@ def _linear_layers(in_features: int, features: int, count: int) -> list[nn.Modul
 
 
 Width = Literal["narrow", "wide", "linear"]
+WIDTHS = get_args(Width)
 
 
 def _narrow(channels: int, side: int, num_classes: int) -> list[nn.Module]:
@@ -138,7 +139,7 @@ def _linear(channels: int, side: int, num_classes: int) -> list[nn.Module]:
     return [GlobalAveragePool(), nn.Linear(channels, num_classes)]
 
 
-_WIDTHS = {"narrow": _narrow, "wide": _wide, "linear": _linear}
+_LAYERS = {"narrow": _narrow, "wide": _wide, "linear": _linear}
 
 
 def dgl_head(features: Size, num_classes: int, width: Width) -> nn.Sequential:
@@ -157,13 +158,13 @@ def dgl_head(features: Size, num_classes: int, width: Width) -> nn.Sequential:
     Raises:
         ValueError: the width is unknown, or the features have not 2 to 4 dimensions.
     """
-    if width not in _WIDTHS:
-        raise ValueError(f"the width of the DGL head has to be one of {', '.join(_WIDTHS)}, and is {width!r}")
+    if width not in WIDTHS:
+        raise ValueError(f"the width of the DGL head has to be one of {', '.join(WIDTHS)}, and is {width!r}")
     require("the DGL head", features)
     if len(features) == 3:
         return linear_head(features, num_classes)
     side = min(features[2:], default=1)
-    layers = _WIDTHS[width](features[1], side, num_classes)
+    layers = _LAYERS[width](features[1], side, num_classes)
     head = nn.Sequential(*([] if len(features) == 4 else [VectorMap()]), *layers)
     init_weights(head)
     return head

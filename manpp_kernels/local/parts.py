@@ -35,6 +35,11 @@ def reset_parameters(module: nn.Module) -> None:
             m._reset_parameters()
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """Whether there is any."""
+    return any(True for _ in module.parameters())
+
+
 @dataclass(frozen=True)
 class Parts:
     """A model taken apart: ``head(units[-1](... units[0](stem(images))))`` has to be what ``model(images)`` is.
@@ -124,12 +129,8 @@ def layer_groups(model: nn.Sequential) -> list[list[tuple[str, nn.Module]]]:
     for name, child in model._modules.items():  # named_children() leaves out a module that comes a second time
         if child is None:
             continue
-        starts = any(True for _ in child.parameters()) and not isinstance(child, _NORMS)
-        if not groups or (starts and _has_parameters(groups[-1])):
+        starts = has_parameters(child) and not isinstance(child, _NORMS)
+        if not groups or (starts and any(has_parameters(before) for _, before in groups[-1])):
             groups.append([])
         groups[-1].append((name, child))
     return groups
-
-
-def _has_parameters(group: list[tuple[str, nn.Module]]) -> bool:
-    return any(True for _, child in group for _ in child.parameters())

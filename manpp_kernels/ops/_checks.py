@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from manpp_kernels._library import PLAIN
 
-ROUNDINGS = ("nearest", "stochastic")
+Rounding = Literal["nearest", "stochastic"]
+ROUNDINGS = get_args(Rounding)
 EMA_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # By which the compiled library knows them (DType in csrc/multi_tensor.h).
 DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(EMA_DTYPES)}

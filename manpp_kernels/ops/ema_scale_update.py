@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from manpp_kernels import backends
 from manpp_kernels._library import Operator, checked_operator, compiled_serves
 from manpp_kernels.backends import eager
 from manpp_kernels.ops import _checks
+from manpp_kernels.ops._checks import Rounding
 
 
 def _fake(*args: Any) -> None:
@@ -157,9 +158,6 @@ SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A seed for stochastic rounding, by default from the device's generator: reproducible under torch.manual_seed."""
     return torch.randint(SEED_MIN, SEED_MAX, (), dtype=torch.int64, device=device, generator=generator)
-
-
-Rounding = Literal["nearest", "stochastic"]
 
 
 class Arguments(NamedTuple):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from manpp_kernels.local.auxiliary import Auxiliary, Classifier, Site
-from manpp_kernels.local.heads import Width, dgl_head
+from manpp_kernels.local.heads import WIDTHS, Width, dgl_head
 from manpp_kernels.local.rules import Rule, choose, register
 
 
@@ -28,7 +28,7 @@ class DglOptions:
     width: Width = "narrow"
 
     def __post_init__(self) -> None:
-        choose("width", self.width, ("narrow", "wide", "linear"))
+        choose("width", self.width, WIDTHS)
 
 
 @register("dgl")

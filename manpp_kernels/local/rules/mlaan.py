@@ -31,6 +31,7 @@ from manpp_kernels.local.auxiliary import INITS, Auxiliary, Init, Site, SumTrans
 from manpp_kernels.local.block import BlockOutput, LocalBlock
 from manpp_kernels.local.features import linear_head
 from manpp_kernels.local.partition import Segment
+from manpp_kernels.local.parts import has_parameters
 from manpp_kernels.local.rules import Rule, check_units, choose, register
 from manpp_kernels.local.targets import Criterion
 
@@ -82,7 +83,9 @@ def leap(site: Site, leaps: int) -> list[Segment]:
         fitting = [
             i
             for i in range(at + 1, len(segments))
-            if segments[i - 1].shape[1:] == shape and not segments[i].writes_input and _has_parameters(segments[i])
+            if segments[i - 1].shape[1:] == shape
+            and not segments[i].writes_input
+            and has_parameters(segments[i].module)
         ]
         if not fitting:
             break
@@ -91,10 +94,6 @@ def leap(site: Site, leaps: int) -> list[Segment]:
         shape = segments[at].shape[1:]
     # Where none fits, the next unit does not either, and says why.
     return chosen or [site.next_unit]
-
-
-def _has_parameters(segment: Segment) -> bool:
-    return any(True for _ in segment.module.parameters())
 
 
 class MlaanAuxiliary(Auxiliary):
