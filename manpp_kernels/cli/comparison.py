@@ -15,7 +15,7 @@ from manpp_kernels.cli.logs import read_csv
 from manpp_kernels.cli.observe import BLOCKS_NAME
 from manpp_kernels.cli.recipe import default_lr
 from manpp_kernels.cli.settings import Settings
-from manpp_kernels.cli.training import SUMMARY_NAME
+from manpp_kernels.cli.training import HISTORY_NAME, SUMMARY_NAME
 
 if TYPE_CHECKING:
     from manpp_kernels.cli.compare import Comparison
@@ -77,7 +77,7 @@ def _recipe(settings: Settings) -> dict[str, Any]:
 
 
 def _run(seed: int, summary: dict[str, Any], folder: Path) -> dict[str, Any]:
-    history = read_csv(folder / "history.csv")
+    history = read_csv(folder / HISTORY_NAME)
     run: dict[str, Any] = {
         "seed": seed,
         "accuracy": history[-1]["val_acc"],

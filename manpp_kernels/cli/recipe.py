@@ -22,10 +22,12 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
 }
-# The published runs: 0.8 at batch 1024, Nesterov 0.9.
+# The published runs: 0.8 at batch 1024.
 _LR_OF_SGD_AT_128 = 0.1
 _LR = {"adam": 1e-3, "adamw": 1e-3}
-_ARGUMENTS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9, "nesterov": True}}
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": TrainerConfig.sgd_momentum, "nesterov": TrainerConfig.nesterov}
+}
 
 
 def default_lr(optimizer: str, batch_size: int) -> float | None:

@@ -56,13 +56,13 @@ def load(folder: Path) -> RunFiles:
     """
     from manpp_kernels.cli.logs import read_csv
     from manpp_kernels.cli.observe import BLOCKS_NAME
-    from manpp_kernels.cli.training import CONFIG_NAME
+    from manpp_kernels.cli.training import CONFIG_NAME, HISTORY_NAME
 
     if not (folder / CONFIG_NAME).is_file():
         runs = sorted(folder.glob(f"*/*/{CONFIG_NAME}"))
         near = f"; name one of the runs in it, as {runs[0].parent}" if runs else ""
         raise UserError(f"{folder} holds no run: there is no {CONFIG_NAME} in it{near}")
-    history = folder / "history.csv"
+    history = folder / HISTORY_NAME
     rows = read_csv(history) if history.is_file() else []
     if not rows:
         raise UserError(f"no epoch of the run in {folder} is done yet: {history.name} says nothing")

@@ -35,6 +35,7 @@ from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
 
 CONFIG_NAME = "config.yaml"
+HISTORY_NAME = "history.csv"
 SUMMARY_NAME = "summary.json"
 _NO_MEMORY = "the GPU's memory does not suffice: try a smaller --batch-size, a larger --accumulate, or --amp bf16"
 
@@ -134,7 +135,7 @@ def _train(
             if math.isnan(row["train_loss"]):
                 display.console.print("the loss is not a number: try a smaller --lr, or --clip-norm", style="yellow")
             if ranks.first:
-                write_csv(trainer.history, folder / "history.csv")
+                write_csv(trainer.history, folder / HISTORY_NAME)
             if board is not None:
                 board.epoch(row)
             for measured in observer.epoch(trainer, folder) if observer is not None else ():
