@@ -268,6 +268,10 @@ class EmaPlan:
 
         Returns:
             None, or the effective weights: :attr:`weights`, as differentiable functions of scale and bias.
+
+        Raises:
+            TypeError, ValueError, IndexError, RuntimeError: as :func:`manpp_kernels.ema_scale_update`, of momentum and
+                scale, and of tensors that have changed since the plan was built. Nothing was written.
         """
         # The common case first: every attribute looked up here is host time of every training step.
         if (

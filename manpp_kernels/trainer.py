@@ -250,6 +250,14 @@ class LocalTrainer:
             there and what a captured step takes; elsewhere the peak of live saved tensors in its first step). Ctrl-C
             ends it after the step at hand: the checkpoint is written, ``interrupted`` set, the history so far returned;
             a second Ctrl-C raises at once.
+
+        Raises:
+            ValueError: the loader gives no batch; ``val_loader`` has none; ``checkpoint_every`` or ``resume=True``
+                without ``checkpoint_dir``; or as :meth:`step`.
+            FileExistsError: ``checkpoint_dir`` has the checkpoint of another training.
+            OSError: nothing can be written to ``checkpoint_dir``. Like the errors before, it comes before the first
+                step.
+            FileNotFoundError, CheckpointError: as :meth:`load`, or the loader is not the one of the batches done.
         """
         self._check_model()
         path = self._begin(loader, val_loader, checkpoint_dir, checkpoint_every, resume)
