@@ -26,12 +26,9 @@ set_target_properties(emulated PROPERTIES
   OUTPUT_NAME _C_emulated PREFIX "" SUFFIX ".abi3.so" LIBRARY_OUTPUT_DIRECTORY "${MANPP_OUTPUT_DIR}"
   BUILD_WITH_INSTALL_RPATH ON)
 target_include_directories(emulated BEFORE PRIVATE csrc/testing) # cuda_runtime.h
-target_include_directories(emulated SYSTEM PRIVATE
-  "${TORCH_DIR}/include" "${TORCH_DIR}/include/torch/csrc/api/include" ${Python_INCLUDE_DIRS})
-target_compile_definitions(emulated PRIVATE
-  MANPP_EMULATION TORCH_TARGET_VERSION=0x020a000000000000 Py_LIMITED_API=0x030A0000)
+target_compile_definitions(emulated PRIVATE MANPP_EMULATION)
+target_link_libraries(emulated PRIVATE stable_abi)
 set(sanitizers -fsanitize=address,alignment,bounds,signed-integer-overflow -fno-sanitize-recover=all)
 target_compile_options(emulated PRIVATE
   -O1 -g1 -ffp-contract=off ${sanitizers} -fno-strict-aliasing -Wall -Wextra -Wno-unused-parameter -Wno-unknown-pragmas)
 target_link_options(emulated PRIVATE ${sanitizers})
-target_link_libraries(emulated PRIVATE "${TORCH_DIR}/lib/libtorch_cpu.so")
