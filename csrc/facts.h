@@ -75,15 +75,4 @@ struct Facts {
   }
 };
 
-// The memory that a dense tensor fills.
-struct Span {
-  uintptr_t begin;
-  uintptr_t end;
-};
-
-inline Span span_of(const void* address, DType type, int64_t numel) {
-  uintptr_t begin = reinterpret_cast<uintptr_t>(address);
-  return {begin, begin + static_cast<uintptr_t>(numel * element_size(type))};
-}
-
 } // namespace manpp

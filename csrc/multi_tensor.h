@@ -27,6 +27,17 @@ struct Entry {
   DType bias_type = DType::f32;
 };
 
+// The memory that a dense tensor fills.
+struct Span {
+  uintptr_t begin;
+  uintptr_t end;
+};
+
+inline Span span_of(const void* address, DType type, int64_t numel) {
+  uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+  return {begin, begin + static_cast<uintptr_t>(numel * element_size(type))};
+}
+
 // The scalars of one update. A tensor's value is read where the work is done, never by the host.
 struct Scalars {
   double keep = 0; // momentum

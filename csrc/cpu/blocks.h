@@ -21,6 +21,9 @@ namespace manpp {
 
 constexpr int64_t kBlock = 1024; // elements; four float blocks are 16 KB, half of a first-level cache
 
+// Below this many elements a second thread costs more to wake than it saves (about 10 microseconds).
+constexpr int64_t kGrain = 32768;
+
 // n elements of any dtype as A (float or double), written to y.
 void load_block(DType type, const void* x, int64_t n, float* y);
 void load_block(DType type, const void* x, int64_t n, double* y);

@@ -11,7 +11,6 @@ namespace manpp::cpu {
 
 namespace {
 
-constexpr int64_t kGrain = 32768; // elements below which a second thread is not worth waking
 // A tile is 64 rows of four cache lines: runs of memory long enough for the processor to foresee, 16 KB in all, which
 // leaves half of a first-level cache to the lines that are read. Where there are fewer rows or shorter ones it
 // takes more of the other, up to the same area.
@@ -55,9 +54,7 @@ void prefetch(const void* x, int64_t bytes) {
   }
 }
 
-// One transposition of rows x columns elements, whose rows are `from` elements apart, to columns that are `to` apart.
-// Whole squares of 16-byte vectors cross in registers, where the compiler has vectors; bits move, so that only their size
-// counts. The lines `ahead` elements further on are fetched meanwhile, so that the memory never rests.
+// The part of a transposition that begins at `row` and `column`, element by element.
 template <class Bits>
 void transpose_scalar(
     const Bits* x,
@@ -75,6 +72,9 @@ void transpose_scalar(
   }
 }
 
+// One transposition of rows x columns elements, whose rows are `from` elements apart, to columns that are `to` apart.
+// Whole squares of 16-byte vectors cross in registers, where the compiler has vectors; bits move, so that only their size
+// counts. The lines `ahead` elements further on are fetched meanwhile, so that the memory never rests.
 template <class Bits>
 void transpose_bits(
     const Bits* x, int64_t from, int64_t rows, int64_t columns, Bits* __restrict__ y, int64_t to, int64_t ahead) {

@@ -15,8 +15,6 @@ namespace {
 // Small enough that 96 tensors of 4,800 elements spread over the threads, large enough that finding a chunk's tensor
 // costs nothing beside it.
 constexpr int64_t kChunk = 4096;
-// Below this many elements a second thread costs more to wake than it saves (about 10 microseconds).
-constexpr int64_t kGrain = 32768;
 
 // In one pass, for EMAs stored as E and parameters (with bias and effective weights) as P. What the weights are mixed of
 // is the EMA as it is stored, rounded.
@@ -200,21 +198,16 @@ void expect_results(const std::vector<Entry>& entries) {
   if (result_bytes(entries) < kLargePage) {
     return;
   }
-  struct Stretch {
-    uintptr_t begin;
-    uintptr_t end;
-  };
-  std::vector<Stretch> results;
+  std::vector<Span> results;
   for (const Entry& t : entries) {
     if (t.out != nullptr) {
-      uintptr_t begin = reinterpret_cast<uintptr_t>(t.out);
-      results.push_back({begin, begin + static_cast<uintptr_t>(t.numel * element_size(t.bias_type))});
+      results.push_back(span_of(t.out, t.bias_type, t.numel));
     }
   }
-  std::sort(results.begin(), results.end(), [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
+  std::sort(results.begin(), results.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   constexpr uintptr_t most_between = 4096; // more than an allocator's own notes and alignment take
   for (size_t i = 0; i < results.size();) {
-    Stretch joined = results[i++];
+    Span joined = results[i++];
     while (i < results.size() && results[i].begin - joined.end <= most_between) {
       joined.end = results[i++].end;
     }

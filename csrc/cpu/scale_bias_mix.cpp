@@ -11,14 +11,12 @@ namespace manpp::cpu {
 
 namespace {
 
-// Elements of work below which a second thread costs more to wake than it saves.
-constexpr int64_t kGrain = 32768;
 // Length of the rows that a tensor with one scale for all of it is cut into.
 constexpr int64_t kRow = 4096;
 
 // T is what is stored, A what is computed in, SIMD for which instruction sets: conversions of bfloat16 compute for longer
-// than they wait. `Factor` is a scalar for elements of one channel, an array for pixels of a
-// channels_last tensor, whose elements are of one channel after the other.
+// than they wait. `Factor` is a scalar for elements of one channel, an array for pixels of a channels_last tensor, whose
+// elements are of one channel after the other.
 #define MANPP_MIX_KERNELS(SIMD, T, A, name, Factor, S, R)                                          \
   SIMD void mix_##name(const T* a, const T* b, int64_t n, Factor s, Factor r, T* __restrict__ y) { \
     for (int64_t i = 0; i < n; ++i) {                                                              \
