@@ -128,10 +128,9 @@ class LocalTrainer:
         factory = config.sgd if optimizer is None else optimizer
         shared = [criterion] if isinstance(criterion, nn.Module) else []
         self._local_step = TrainingStep(self.network, config, factory, self.device, ranks=self._ranks, shared=shared)
-        self.optimizers = self._local_step.optimizers
         self._own_parameters = list(model.parameters())
         made = optimizer_settings(self.optimizers)
-        self.schedulers = make_schedulers(scheduler, self.optimizers, config.schedule)
+        self._schedulers = make_schedulers(scheduler, self.optimizers, config.schedule)
         self._graph: StepGraph | None = None
         if config.cuda_graphs:
             self._graph = make_step_graph(self._local_step, [self.network, *shared], self.optimizers, self.device)
@@ -145,6 +144,16 @@ class LocalTrainer:
             settings_of(config, criterion, made, self.optimizers, self.schedulers),
             self._ranks,
         )
+
+    # Read only: another list, or number, in their place would be the trainer's alone, and not what trains.
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return self._local_step.optimizers
+
+    @property
+    def schedulers(self) -> list[Any]:
+        return self._schedulers
 
     @property
     def epoch(self) -> int:

@@ -164,7 +164,7 @@ def test_clipping_is_of_gradients_without_the_scale_of_fp16(order: str) -> None:
     data, moved = batch(), []
     for scale in (1.0, 1024.0):
         trainer = small_trainer(amp="fp16", clip_norm=0.05, order=order)
-        trainer._scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer._local_step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         start = copy.deepcopy(trainer.model.fc.weight)
         trainer.step(data)
         moved.append(trainer.model.fc.weight - start)

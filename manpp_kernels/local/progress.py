@@ -119,10 +119,7 @@ class Progress:
         totals, progress = EpochTotals(**state["totals"]), state["progress"]
         checkpoint.set_rng_state({**state["rng"], "generators": []})
         self.epoch, self.position = progress["epoch"], progress["position"]
-        self.ended, self._length = (
-            progress.get("ended", False),
-            progress.get("batches"),
-        )  # the first checkpoints lack them
+        self.ended, self._length = progress.get("ended", False), progress.get("batches")  # the first have none
         self.totals, self.history, self._start = totals, state["history"], state["epoch_start"]
 
     def resume_from(self, rng: dict[str, Any]) -> None:
