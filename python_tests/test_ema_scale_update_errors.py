@@ -100,6 +100,11 @@ def _scale_is_in_ema(a: Arguments) -> None:
     a["scale"] = a["ema"][0][1:]
 
 
+def _scale_reaches_into_ema(a: Arguments) -> None:
+    base = torch.randn(4)
+    a["scale"], a["ema"][0] = base[:2], base[1:]
+
+
 def _momentum_is_in_ema(a: Arguments) -> None:
     a["momentum"] = a["ema"][1][0, 3]
 
@@ -175,6 +180,7 @@ CASES: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
     "too few groups": (replaced("groups", [0]), ValueError, r"groups has 1 .*ema has 2"),
     "group too large": (replaced("groups", 2, 1), IndexError, r"groups\[1\] is 2.*scale has 2"),
     "group negative": (replaced("groups", -1, 0), IndexError, r"groups\[0\] is -1.*scale has 2"),
+    "group a bool": (replaced("groups", True, 1), TypeError, r"groups\[1\].*bool"),
     "group a float": (replaced("groups", 1.0, 1), TypeError, r"groups\[1\].*float"),
     "group out of an empty scale": (
         both(replaced("scale", torch.ones(0)), replaced("groups", [0, 0])),
@@ -183,6 +189,7 @@ CASES: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
     ),
     "total NaN": (replaced("total", float("nan")), ValueError, r"total.*nan"),
     "total infinite": (replaced("total", float("inf")), ValueError, r"total.*inf"),
+    "total a bool": (replaced("total", True), TypeError, r"total.*bool"),
     "total a string": (replaced("total", "2"), TypeError, r"total.*str"),
     "unknown rounding": (replaced("rounding", "up"), ValueError, r"rounding.*nearest, stochastic.*'up'"),
     "rounding None": (replaced("rounding", None), ValueError, r"rounding.*nearest, stochastic.*None"),
@@ -192,10 +199,17 @@ CASES: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
         r"generator .*int",
     ),
     "ema requires grad": (replaced("ema", torch.ones(3, requires_grad=True), 0), RuntimeError, r"ema\[0\].*no_grad"),
+    "a later ema requires grad": (
+        replaced("ema", torch.ones(2, 4, requires_grad=True), 1),
+        RuntimeError,
+        r"ema\[1\].*no_grad",
+    ),
     "ema twice": (_same_ema_twice, ValueError, r"ema\[[01]\] overlaps ema\[[01]\]"),
     "ema is params": (aliased("ema", 1, "params", 1), ValueError, r"ema\[1\] overlaps params\[1\]"),
     "ema is the params of another pair": (_ema_is_params_elsewhere, ValueError, r"ema\[1\] overlaps params\[0\]"),
     "ema is bias": (aliased("ema", 0, "bias", 0), ValueError, r"ema\[0\] overlaps bias\[0\]"),
+    "ema is a later bias": (aliased("ema", 1, "bias", 1), ValueError, r"ema\[1\] overlaps bias\[1\]"),
+    "ema holds the last entry of scale": (_scale_reaches_into_ema, ValueError, r"ema\[0\] overlaps scale in memory"),
     "ema holds scale": (_scale_is_in_ema, ValueError, r"ema\[0\] overlaps scale in memory"),
     "ema holds momentum": (_momentum_is_in_ema, ValueError, r"ema\[1\] overlaps momentum in memory"),
     "ema views overlap": (_overlapping_views, ValueError, r"ema\[[01]\] overlaps ema\[[01]\]"),
@@ -250,6 +264,33 @@ def test_misuse(case: str, backend: str) -> None:
     for t, b, version in zip(tensors, before, versions, strict=True):
         assert same_bytes(t, b)
         assert t._version == version
+
+
+LATER = [
+    *(name for name in CASES if name.startswith("momentum ")),
+    *("scale a float", "scale of integers", "scale of two dimensions", "scale on another device"),
+    *("bias without scale", "group out of an empty scale"),
+]
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("case", LATER)
+def test_misuse_of_a_later_update(case: str, backend: str) -> None:
+    """What an update is given is looked at each time, not when the plan is built alone."""
+    change, kind, message = CASES[case]
+    arguments = valid()
+    ema = arguments["ema"]
+    plan = EmaPlan(ema, arguments["params"], bias=arguments["bias"], groups=[0, 1])
+    before = [e.clone() for e in ema]
+    change(arguments)
+    with manpp_kernels.use_backend(backend):
+        plan.update(1.0, torch.ones(2))
+        with pytest.raises(kind) as error:
+            plan.update(arguments["momentum"], arguments.get("scale"))
+        with pytest.raises(IndexError, match=r"groups\[1\] is 1, and scale has 1"):
+            plan.update(0.5, torch.ones(1))
+    assert re.search(message, str(error.value)), str(error.value)
+    assert all(map(torch.equal, ema, before))
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
