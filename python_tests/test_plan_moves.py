@@ -55,6 +55,44 @@ def test_moved_storage(target: Target, which: str, move: str) -> None:
         assert torch.equal(stale, frozen)
 
 
+@pytest.mark.parametrize("which", ["ema", "params", "bias"])
+@pytest.mark.parametrize("change", ["dtype", "strides"])
+def test_another_tensor_at_the_same_address(target: Target, which: str, change: str) -> None:
+    """Of as many elements, and neither contiguous before nor after, or both: the address alone tells nothing."""
+    lists = {name: [torch.randn(3, 6, 6, device=target.device)] for name in ("ema", "params", "bias")}
+    if change == "strides":
+        lists = {name: [t.transpose(1, 2)] for name, (t,) in lists.items()}
+    ema, params, bias = lists["ema"], lists["params"], lists["bias"]
+    scale = torch.tensor(0.5, device=target.device)
+    plan = EmaPlan(ema, params, bias=bias)
+    plan.update(0.9, scale)
+    (t,) = lists[which]
+    address = t.data_ptr()
+    if change == "dtype":
+        t.data = t.data.view(torch.bfloat16).view(-1)[:108].view(3, 6, 6)
+        t.normal_()
+    else:
+        t.data = t.data.as_strided((3, 6, 6), (1, 18, 3))
+    assert t.data_ptr() == address
+    before = clones(ema)
+    weights = plan.update(0.75, scale)
+    assert_ema_step(ema, before, params, 0.75)
+    assert_effective_weights(weights, ema, bias, [0.5], 2.0)
+
+
+def test_every_tensor_is_watched(target: Target) -> None:
+    ema, params, bias = ([torch.randn(6, device=target.device) for _ in range(3)] for _ in range(3))
+    scale = torch.tensor(0.5, device=target.device)
+    plan = EmaPlan(ema, params, bias=bias)
+    plan.update(0.9, scale)
+    for moved in (*ema, *params, *bias):
+        moved.data = torch.randn(6, device=target.device)
+        before = clones(ema)
+        weights = plan.update(0.75, scale)
+        assert_ema_step(ema, before, params, 0.75)
+        assert_effective_weights(weights, ema, bias, [0.5] * 3, 2.0)
+
+
 def test_moved_modules(target: Target) -> None:
     """``module.to`` and friends give every parameter new memory behind the plan's back."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).to(target.device)
@@ -81,10 +119,12 @@ def test_moved_modules(target: Target) -> None:
 def test_a_shape_that_no_longer_fits_is_an_error(target: Target) -> None:
     ema, params = torch.ones(6, device=target.device), torch.zeros(6, device=target.device)
     plan = EmaPlan(ema, params)
-    params.data = torch.zeros(7, device=target.device)
-    with pytest.raises(ValueError, match=re.escape("params[0] has the shape (7,), ema[0] (6,)")):
-        plan.update(0.5)
-    assert ema.tolist() == [1.0] * 6
+    plan.update(1.0)
+    for data in (torch.zeros(7, device=target.device), params.data[:5]):  # elsewhere, and at the same address
+        params.data = data
+        with pytest.raises(ValueError, match=re.escape(f"params[0] has the shape ({len(data)},), ema[0] (6,)")):
+            plan.update(0.5)
+        assert ema.tolist() == [1.0] * 6
     params.data = torch.zeros(6, device=target.device)
     plan.update(0.5)
     assert ema.tolist() == [0.5] * 6, "and the plan works again once it does"
@@ -102,6 +142,17 @@ def test_scale_and_momentum_in_an_ema(target: Target) -> None:
         with pytest.raises(ValueError, match=r"ema\[0\] overlaps momentum in memory"):
             plan.update(ema[7], scale)
     assert ema.tolist() == [1.0] * 8
+
+
+def test_a_scale_that_reaches_into_an_ema(target: Target) -> None:
+    """By its last entry, into the last of them."""
+    memory = torch.ones(8, device=target.device)
+    ema, params = [torch.ones(6, device=target.device), memory[2:]], [torch.zeros(6, device=target.device)] * 2
+    plan = EmaPlan(ema, params, bias=params, groups=[0, 2])
+    plan.update(1.0, torch.ones(3, device=target.device))
+    with pytest.raises(ValueError, match=r"ema\[1\] overlaps scale in memory"):
+        plan.update(0.5, memory[:3])
+    assert all(e.tolist() == [1.0] * 6 for e in ema)
 
 
 def test_storage_that_came_to_overlap_is_an_error(target: Target) -> None:
@@ -122,6 +173,9 @@ def test_storage_that_was_freed_is_an_error(target: Target) -> None:
     for update in (lambda: plan.update(0.5), lambda: ema_scale_update(ema, params, 0.5)):
         with pytest.raises(ValueError, match=r"params\[0\].*memory"):
             update()
+    scale = torch.ones((), device=target.device)
+    with pytest.raises(ValueError, match=r"bias\[0\] has no memory"):
+        ema_scale_update(ema, ema.clone(), 0.5, scale=scale, bias=params)
     assert ema.tolist() == [0.5] * 6
 
 
