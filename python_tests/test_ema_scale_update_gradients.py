@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import Target
-from reference import DTYPES, LAYOUTS, assert_close, clones, not_contiguous, samples
+from reference import (
+    DTYPES,
+    LAYOUTS,
+    arithmetic_dtype,
+    assert_close,
+    clones,
+    not_contiguous,
+    samples,
+    sum_ops,
+)
 
 from manpp_kernels import EmaPlan, ema_scale_update
 
@@ -31,7 +40,8 @@ def test_gradcheck(target: Target, scale_shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
 def test_gradients(target: Target, ema_dtype: torch.dtype, bias_dtype: torch.dtype, layout: str) -> None:
     shapes = [(2, 3, 4, 5), (257,), (0,)]
-    ema = [s.view for s in samples(shapes, ema_dtype, device=target.device)]
+    ema_layout = LAYOUTS[LAYOUTS.index(layout) - 1]
+    ema = [s.view for s in samples(shapes, ema_dtype, ema_layout, device=target.device)]
     params = [s.view for s in samples(shapes, ema_dtype, seed=9, device=target.device)]
     bias = [s.view.requires_grad_() for s in samples(shapes, bias_dtype, layout, seed=20, device=target.device)]
     grads = [s.view for s in samples(shapes, bias_dtype, seed=30, device=target.device)]
@@ -47,6 +57,27 @@ def test_gradients(target: Target, ema_dtype: torch.dtype, bias_dtype: torch.dty
     exact = torch.stack([terms[2].sum(), terms[0].sum() + terms[1].sum()])
     magnitude = torch.stack([terms[2].abs().sum(), terms[0].abs().sum() + terms[1].abs().sum()])
     assert_close(got_scale, exact, magnitude, ops=20, arithmetic=torch.float32, what="grad of scale")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_several_chunks_in_several_groups(target: Target, dtype: torch.dtype) -> None:
+    sizes, groups = [5000, 1, 0, 12_289, 4097, 1025, 70_001], [2, 0, 1, 2, 0, 2, 0]
+    ema, params, bias, grads = (
+        [s.view for s in samples([(n,) for n in sizes], dtype, seed=10 * k, device=target.device)] for k in range(4)
+    )
+    arithmetic = arithmetic_dtype(ema[0])
+    scale = torch.tensor([0.3, 0.7, -1.1], dtype=arithmetic, device=target.device, requires_grad=True)
+    bias = [b.requires_grad_() for b in bias]
+    weights = ema_scale_update(ema, params, 0.9, scale=scale, bias=bias, groups=groups)
+    got_scale, *got_bias = torch.autograd.grad(weights, [scale, *bias], grads)
+    sums, magnitudes = torch.zeros(2, 3, dtype=torch.float64, device=target.device)
+    for i, (g, b, e) in enumerate(zip(grads, bias, ema, strict=True)):
+        exact = scale.detach()[groups[i]].double() * g.double()
+        assert_close(got_bias[i], exact, exact.abs(), ops=2, arithmetic=arithmetic, what=f"grad of bias[{i}]")
+        terms = g.double() * (b.detach().double() - e.double())
+        sums[groups[i]] += terms.sum()
+        magnitudes[groups[i]] += terms.abs().sum()
+    assert_close(got_scale, sums, magnitudes, ops=sum_ops(sum(sizes)), arithmetic=arithmetic, what="grad of scale")
 
 
 @pytest.mark.parametrize("way", ["operator", "plan"])
