@@ -81,7 +81,7 @@ def test_every_size(target: Target, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7, 8, 9, 16, 17, 64, 65])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7, 8, 9, 16, 17, 64, 65, 600, 1030])
 def test_channels_around_vector_widths(target: Target, dtype: torch.dtype, channels: int) -> None:
     for layout in ("contiguous", "channels_last"):
         for rest in [(1, 1), (3, 5), (8, 8)]:
@@ -141,7 +141,22 @@ def test_large_maps(target: Target) -> None:
         for dtype in (torch.float32, torch.float16):
             lb, ema = maps((17, 37, 33, 31), dtype, target.device, (layout, layout))
             for scale in scales(tuple(lb.shape), torch.float32, target.device):
-                check(lb, ema, scale)
+                check(lb, ema, scale, grad_layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_maps_too_large_for_the_caches(layout: str) -> None:
+    """More than 32 MB of results, which the CPU's kernels write otherwise; rows of an odd length."""
+    lb, ema, grad = torch.randn(3, 3, 65, 151, 143, dtype=torch.float64).unbind()
+    if layout == "channels_last":
+        lb, ema, grad = (t.contiguous(memory_format=torch.channels_last) for t in (lb, ema, grad))
+    s = torch.linspace(0.5, 1.5, 65, dtype=torch.float64).view(-1, 1, 1)
+    inputs = [t.requires_grad_() for t in (lb, ema, s.flatten())]
+    out = scale_bias_mix(*inputs)
+    torch.testing.assert_close(out, s * lb + (2 - s) * ema, rtol=1e-14, atol=1e-14)
+    got = torch.autograd.grad(out, inputs, grad)
+    exact = (s * grad, (2 - s) * grad, (grad * (lb - ema)).sum((0, 2, 3)))
+    torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
 
 
 def test_layout_of_the_result(target: Target) -> None:
@@ -164,9 +179,10 @@ def test_maps_of_two_dtypes_are_promoted(target: Target) -> None:
 
 @pytest.mark.parametrize("total", [2.0, 1.0, 0.0, 1.7])
 def test_totals_and_special_scales(target: Target, total: float) -> None:
-    lb, ema = maps((2, 4, 6), torch.float32, target.device)
-    for value in (0.0, 1.0, 2.0, -3.5):
-        check(lb, ema, torch.tensor(value, device=target.device), total)
+    for dtype in (torch.float32, torch.float64):
+        lb, ema = maps((2, 4, 6), dtype, target.device)
+        for value in (0.0, 1.0, 2.0, -3.5):
+            check(lb, ema, torch.tensor(value, device=target.device), total)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
