@@ -90,10 +90,11 @@ def test_a_change_of_layout_alone_keeps_every_bit(target: Target, dtype: torch.d
         assert torch.equal(y.contiguous().view(torch.int16), bits)
 
 
+@pytest.mark.parametrize("shape", [(3, 65, 239, 241), (2, 9, 601, 1039)])
 @pytest.mark.parametrize("result", [torch.float32, torch.bfloat16], ids=str)
-def test_results_larger_than_the_caches(result: torch.dtype) -> None:
-    """Streamed past the caches, into fresh memory and to an odd address."""
-    x = torch.randn(3, 65, 239, 241).to(torch.bfloat16)
+def test_results_larger_than_the_caches(result: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Streamed past the caches, into fresh memory and to an odd address; line by line, and whole tiles at a time."""
+    x = torch.randn(shape).to(torch.bfloat16)
     for end in (torch.contiguous_format, torch.channels_last):
         assert same(detach_copy(x, dtype=result, memory_format=end), x.to(result))
     out = torch.empty(x.numel() + 1, dtype=result)[1:].view(x.shape)
@@ -218,6 +219,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] 
     ),
     "out is x": ((X, X), {}, ValueError, "out.* overlaps x"),
     "out overlaps x": ((BASE[:6], BASE[5:11]), {}, ValueError, "out.* overlaps x"),
+    "out overlaps x from below": ((BASE[5:11], BASE[:6]), {}, ValueError, "out.* overlaps x"),
     "out expanded": ((X, torch.zeros(1).expand(2, 3)), {}, ValueError, "out.* share memory"),
     "out requires grad": ((X, torch.zeros(2, 3, requires_grad=True)), {}, RuntimeError, "out requires grad"),
 }
