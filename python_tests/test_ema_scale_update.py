@@ -115,6 +115,14 @@ def test_around_every_chunk_size(target: Target, dtype: torch.dtype) -> None:
     assert_ema_step(ema, before, params, 0.995)
 
 
+def test_params_with_gaps_beside_a_dense_ema(target: Target) -> None:
+    """Of strides that differ in the last dimension alone."""
+    ema, params = torch.randn(7, 3, device=target.device).t(), torch.randn(7, 6, device=target.device)[:, :3].t()
+    before = [ema.clone()]
+    ema_scale_update(ema, params, 0.5)
+    assert_ema_step([ema], before, [params], 0.5)
+
+
 def test_large_non_contiguous(target: Target) -> None:
     """Large enough for several threads or blocks each, in the layouts that cannot be read as one stretch."""
     for layout in ("channels_last", "transposed", "sliced", "columns", "misaligned"):
