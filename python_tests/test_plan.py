@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES, LAYOUTS, SIZES, Sample, assert_effective_weights, assert_ema_step, clones
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import manpp_kernels
 from manpp_kernels import EmaPlan, backends, ema_scale_update
@@ -225,13 +226,14 @@ def test_momentum_is_checked_at_every_update(target: Target) -> None:
 
 
 def test_ema_that_requires_grad(target: Target) -> None:
-    ema = torch.ones(3, device=target.device, requires_grad=True)
-    plan = EmaPlan(ema, torch.zeros(3, device=target.device))
-    with torch.no_grad():
-        plan.update(0.5)
-    with pytest.raises(RuntimeError, match=r"ema\[0\] requires grad"):
-        plan.update(0.5)
-    assert ema.tolist() == [0.5] * 3
+    for i in range(2):
+        ema = [torch.ones(3, device=target.device, requires_grad=i == k) for k in range(2)]
+        plan = EmaPlan(ema, [torch.zeros(3, device=target.device)] * 2)
+        with torch.no_grad():
+            plan.update(0.5)
+        with pytest.raises(RuntimeError, match=rf"ema\[{i}\] requires grad"):
+            plan.update(0.5)
+        assert all(e.tolist() == [0.5] * 3 for e in ema)
 
 
 def test_ema_that_comes_to_require_grad(target: Target) -> None:
@@ -244,14 +246,27 @@ def test_ema_that_comes_to_require_grad(target: Target) -> None:
         plan.update(0.5, scale)
 
 
+class Calls(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_backend_may_change_between_updates(target: Target) -> None:
     ema, params = torch.ones(2, 50, device=target.device).unbind()
     params = params * 0
     plan = EmaPlan(ema, params)
     plan.update(0.5)
-    with manpp_kernels.use_backend("eager"):
-        plan.update(0.5)
-    plan.update(0.5)
+    for backend in ("eager", target.backend):
+        with manpp_kernels.use_backend(backend), Calls() as calls:
+            plan.update(0.5)
+        assert ("manpp_kernels.ema_scale_update.eager" in calls.names) == (backend == "eager")
     assert ema.tolist() == [0.125] * 50
 
 
