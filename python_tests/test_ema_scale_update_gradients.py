@@ -120,6 +120,17 @@ def test_only_the_gradients_asked_for(target: Target) -> None:
         assert not run(True, True)[2][0].requires_grad
 
 
+def test_the_last_of_the_weights_alone(target: Target) -> None:
+    ema, params, bias = (list(t) for t in torch.randn(3, 3, 8, device=target.device).unbind())
+    bias = [b.requires_grad_() for b in bias]
+    scale = torch.tensor([0.75, 0.5], device=target.device, requires_grad=True)
+    weights = ema_scale_update(ema, params, 0.9, scale=scale, bias=bias, groups=[0, 0, 1])
+    got_scale, *got_bias = torch.autograd.grad(weights[2].sum(), [scale, *bias], allow_unused=True)
+    torch.testing.assert_close(got_scale, torch.stack([scale[0] * 0, (bias[2] - ema[2]).sum()]).detach())
+    assert got_bias[:2] == [None, None]
+    assert got_bias[2].tolist() == [0.5] * 8
+
+
 def test_backward_is_deterministic(target: Target) -> None:
     def gradient():
         torch.manual_seed(1)
