@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -109,6 +110,19 @@ def test_reduction_is_the_same_every_time_and_leaves_no_trace() -> None:
     for scale in scales(3):
         first, second = (scale_bias_mix_backward(grad, lb, ema, scale, 2.0, False, False)[2] for _ in range(2))
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_more_tiles_than_programs_and_more_shares_than_slots(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[scale_bias_mix_backward.__module__]  # the function stands in the package under its name
+    monkeypatch.setattr(module, "SLOTS", 2)
+    monkeypatch.setattr(module, "REDUCING_PROGRAMS", 36 if last else 6)
+    lb, ema, grad = maps((2, 64, 25, 25) if last else (2, 3, 50, 50), torch.float32, last, 3)
+    for scale in scales(lb.shape[1]):
+        found = scale_bias_mix_backward(grad, lb, ema, scale.double(), 2.0, True, False)
+        exact = grad.double() * (lb.double() - ema.double())
+        torch.testing.assert_close(found[2], exact.sum((0, 2, 3) if scale.dim() else None), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(found[0], (scale.view(-1, 1, 1) if scale.dim() else scale) * grad)
 
 
 def test_captures_take_counters_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
