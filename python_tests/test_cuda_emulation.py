@@ -81,8 +81,9 @@ def passed(process: subprocess.Popen[str]) -> None:
 def test_kernels(environment: dict[str, str]) -> None:
     # Side by side. Left out: what tests the formulas of autograd and the checks of arguments, no kernel.
     kernels = start(environment, str(HERE / "cuda_emulation" / "kernels.py"))
-    names = ("ema_scale_update", "detach_copy", "stochastic_rounding", "plan", "scale_bias_mix")
-    operators = start(environment, *(str(HERE / f"test_{n}.py") for n in names), "-k", "not gradcheck and not misuse")
+    names = ("ema_scale_update", "ema_scale_update_gradients", "detach_copy", "stochastic_rounding", "plan")
+    files = [str(HERE / f"test_{n}.py") for n in (*names, "scale_bias_mix")]
+    operators = start(environment, *files, "-k", "not gradcheck and not misuse")
     passed(kernels)
     passed(operators)
 

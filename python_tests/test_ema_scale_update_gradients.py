@@ -59,11 +59,13 @@ def test_gradients(target: Target, ema_dtype: torch.dtype, bias_dtype: torch.dty
     assert_close(got_scale, exact, magnitude, ops=20, arithmetic=torch.float32, what="grad of scale")
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_of_several_chunks_in_several_groups(target: Target, dtype: torch.dtype) -> None:
+def test_tensors_of_several_chunks_in_several_groups(target: Target, dtype: torch.dtype, layout: str) -> None:
     sizes, groups = [5000, 1, 0, 12_289, 4097, 1025, 70_001], [2, 0, 1, 2, 0, 2, 0]
     ema, params, bias, grads = (
-        [s.view for s in samples([(n,) for n in sizes], dtype, seed=10 * k, device=target.device)] for k in range(4)
+        [s.view for s in samples([(n,) for n in sizes], dtype, kind, seed=10 * k, device=target.device)]
+        for k, kind in enumerate(("contiguous", "contiguous", layout, "contiguous"))
     )
     arithmetic = arithmetic_dtype(ema[0])
     scale = torch.tensor([0.3, 0.7, -1.1], dtype=arithmetic, device=target.device, requires_grad=True)
