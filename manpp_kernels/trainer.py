@@ -32,8 +32,9 @@ from manpp_kernels.local.epoch import (
 )
 from manpp_kernels.local.graphs import StepGraph, check_device, make_step_graph
 from manpp_kernels.local.network import LocalNetwork
+from manpp_kernels.local.options import check_count
 from manpp_kernels.local.partition import evaluating, partition
-from manpp_kernels.local.parts import adapt
+from manpp_kernels.local.parts import take_apart
 from manpp_kernels.local.progress import Progress, length_of
 from manpp_kernels.local.recompute import Recomputed
 from manpp_kernels.local.replicas import Alone, Replicas
@@ -105,7 +106,7 @@ class LocalTrainer:
         rule.check_streams(config.streams)
         self._layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.model = model.to(self.device)
-        blocks = rule.default_blocks(1 + len(adapt(model).units)) if config.blocks is None else config.blocks
+        blocks = rule.default_blocks(1 + len(take_apart(model).units)) if config.blocks is None else config.blocks
         parts = partition(model, blocks, example=example, balance=config.balance, recompute=config.recompute)
         if parts.parts.recomputed and config.compile is not None:
             raise ValueError("units that are recomputed (activation checkpointing) do not go with compile")
@@ -269,6 +270,7 @@ class LocalTrainer:
             FileNotFoundError, CheckpointError: as :meth:`load`, or the loader is not the one of the batches done.
         """
         self._check_model()
+        check_count("epochs", epochs, least=0)
         path = self._begin(loader, val_loader, checkpoint_dir, checkpoint_every, resume)
         self.interrupted = self._stepping = False
         # The ranks would not agree on the step after which to stop: Ctrl-C then ends them at once.

@@ -224,8 +224,10 @@ def test_misuse() -> None:
         ema.update(nn.Linear(3, 4, bias=False))
     with pytest.raises(ValueError, match=r"weight has the shape \(4, 5\) in the model, \(4, 3\) in its EMA"):
         ema.update(nn.Linear(5, 4))
+    moved = ModelEma(model)
+    moved.decay = 1.5  # as a schedule of one's own may
     with pytest.raises(ValueError, match=r"momentum.*\[0, 1\].*1\.5"):
-        ModelEma(model, decay=1.5).update(model)
+        moved.update(model)
     with pytest.raises(ValueError, match=r"rounding.*'up'"):
         ModelEma(model, rounding="up")
     assert all(torch.equal(a, b) for a, b in zip(before.values(), ema.state_dict().values(), strict=True))
@@ -265,3 +267,11 @@ def test_complex_parameters(target: Target, exclude_buffers: bool) -> None:
     if exclude_buffers:  # else they are copied, as timm does
         assert not torch.equal(ours.module.weight, model.weight)
     assert_same(ours, theirs, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["decay", "min_decay"])
+def test_a_decay_that_cannot_be_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} has to lie in \[0, 1\], and is 2\.0"):
+        ModelEma(nn.Linear(2, 2), **{name: 2.0})
+    with pytest.raises(TypeError, match=f"{name} has to be a float, and is str"):
+        ModelEma(nn.Linear(2, 2), **{name: "0.9"})

@@ -250,7 +250,7 @@ def test_the_scale_starts_at_half_the_total() -> None:
         ("man++", {"host": "mystery"}, "there is no rule 'mystery'"),
         ("man++", {"host": "man"}, "'man' cannot be a host; choose from dgl"),
         ("man++", {"form": "weights"}, "form has to be one of activation, parameter"),
-        ("man++", {"total": 0.0}, "total has to be a positive number"),
+        ("man++", {"total": 0.0}, "total has to be positive"),
         ("man", {"momentum": 1.5}, r"momentum has to lie in \[0, 1\]"),
         ("man", {"momentun": 0.9}, "no option 'momentun'; it has auxiliary_depth"),
         ("man", {"ema_init": "zero"}, "ema_init has to be one of copy, fresh"),

@@ -11,6 +11,7 @@ import torch
 from test_trainer import batch, loader, small_model, small_trainer
 from torch import nn
 
+from manpp_kernels.local import Parts, adapt
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
 
@@ -73,7 +74,16 @@ def test_wrong_class_counts_and_batches() -> None:
             TypeError,
             "config has to be a TrainerConfig, and is dict",
         ),
-        (lambda: TrainerConfig(accumulate="2"), TypeError, "accumulate has to be a number of micro-batches"),  # type: ignore[arg-type]
+        (lambda: TrainerConfig(accumulate="2"), TypeError, "accumulate has to be a whole number, and is '2'"),  # type: ignore[arg-type]
+        (lambda: TrainerConfig(clip_norm="1"), TypeError, "clip_norm has to be a number, and is '1'"),  # type: ignore[arg-type]
+        (lambda: TrainerConfig(label_smoothing=True), TypeError, "label_smoothing has to be a number, and is True"),
+        (lambda: small_trainer().fit(loader(), "3"), TypeError, "epochs has to be a whole number, and is '3'"),  # type: ignore[arg-type]
+        (lambda: small_trainer().fit(loader(), -1), ValueError, "epochs has to be 0 or more, and is -1"),
+        (
+            lambda: small_trainer(rule="man++", rule_options={"momentum": "0.9"}),
+            TypeError,
+            "momentum has to be a number, and is '0.9'",
+        ),
         (
             lambda: LocalTrainer(small_model(), example=(3, 8, 8), optimizer=torch.optim.LBFGS),
             TypeError,
@@ -267,3 +277,32 @@ def test_a_checkpoint_of_another_training_is_not_written_over(tmp_path) -> None:
 def test_an_iterator_is_used_up_after_an_epoch() -> None:
     with pytest.raises(ValueError, match="no batch in epoch 2; an iterator is used up"):
         small_trainer().fit(iter([batch()]), 2)
+
+
+def test_adapters_that_say_something_else() -> None:
+    class Mine(nn.Sequential):
+        says: object = None
+
+    @adapt.register(Mine)
+    def _(model: Mine) -> object:
+        return model.says() if callable(model.says) else model.says
+
+    model = Mine(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    stem, unit, head = model
+    for says, message in (
+        ((stem, [unit], head), r"the adapter of Mine has to return manpp_kernels\.local\.Parts, and returned tuple"),
+        (lambda: Parts(stem, [unit], head), "units has to be a mapping of names to modules, and is list"),  # type: ignore[arg-type]
+        (lambda: Parts(stem, {"1": unit}, head.forward), "head has to be a module, and is method"),  # type: ignore[arg-type]
+        (lambda: Parts(stem, {"1": "unit"}, head), "unit 1 has to be a module, and is str"),  # type: ignore[dict-item]
+    ):
+        model.says = says
+        with pytest.raises(TypeError, match=message):
+            LocalTrainer(model, TrainerConfig(rule="dgl"), example=(4,))
+
+
+def test_models_inside_others_and_tokens() -> None:
+    for wrapped in (torch.compile(small_model(), backend="eager"), nn.DataParallel(small_model())):
+        with pytest.raises(TypeError, match=r"is wrapped, as .*; pass the CifarResNet inside"):
+            LocalTrainer(wrapped, example=(3, 8, 8))
+    with pytest.raises(ValueError, match=r"example images are torch\.int64, .* of a floating dtype"):
+        LocalTrainer(small_model(), example=torch.zeros(2, 3, 8, 8, dtype=torch.int64))

@@ -31,7 +31,6 @@ from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
 from manpp_kernels.plan import EmaPlan
 
 Units = Literal["next", "stages"]
-UNITS = get_args(Units)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from manpp_kernels.local.rules import choose
+from manpp_kernels.local.options import check_choices, check_count, check_fraction, check_positive
 
 OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -88,19 +88,12 @@ class TrainerConfig:
     measure_memory: bool = True
 
     def __post_init__(self) -> None:
-        choose("order", self.order, ("published", "unlocked"))
-        choose("schedule", self.schedule, ("epoch", "step"))
-        choose("amp", self.amp, tuple(AMP_DTYPES))
-        for name, what in {"accumulate": "micro-batches", "streams": "CUDA streams"}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} has to be a number of {what}, and is {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} has to be 1 or more, and is {value}")
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing has to lie in [0, 1], and is {self.label_smoothing}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm has to be positive or None, and is {self.clip_norm}")
+        check_choices(self)
+        check_count("accumulate", self.accumulate)
+        check_count("streams", self.streams)
+        check_fraction("label_smoothing", self.label_smoothing)
+        if self.clip_norm is not None:
+            check_positive("clip_norm", self.clip_norm)
         if self.streams > 1 and not self.cuda_graphs:
             raise ValueError("streams is of use for captured steps alone; set cuda_graphs too, or streams to 1")
         if self.cuda_graphs:

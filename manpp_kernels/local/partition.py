@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from manpp_kernels.checkpoint import kept_rng_state
 from manpp_kernels.local.memory import saved_bytes_of
-from manpp_kernels.local.parts import Parts, adapt
+from manpp_kernels.local.parts import Parts, take_apart
 from manpp_kernels.local.recompute import Recomputed
 
 
@@ -105,7 +105,7 @@ def partition(
         raise ValueError(f"balance has to be one of count, memory, and is {balance!r}")
     if balance != "count" and isinstance(blocks, Sequence):
         raise ValueError(f"balance {balance!r} distributes a number of blocks, and blocks gives the boundaries itself")
-    parts = adapt(model)
+    parts = take_apart(model)
     if recompute:
         parts = dataclasses.replace(parts, recomputed=True)
     names = ["stem", *parts.units]
@@ -136,6 +136,11 @@ def example_images(example: Any, like: Tensor) -> Tensor:
     if isinstance(example, tuple | list) and example and isinstance(example[0], Tensor):
         example = example[0]
     if isinstance(example, Tensor):
+        if not example.is_floating_point():
+            raise ValueError(
+                f"the example images are {example.dtype}, and images have to be of a floating dtype (tokens have to be "
+                "embedded before)"
+            )
         return (example if len(example) > 1 else torch.cat([example, example]))[:2].to(like)
     if not isinstance(example, tuple | list) or not example or not all(isinstance(n, int) for n in example):
         raise TypeError(f"example has to be a batch of images or the shape of one, and is {example!r}")

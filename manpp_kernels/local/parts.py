@@ -59,6 +59,14 @@ class Parts:
     init: Callable[[nn.Module], None] = reset_parameters
     recomputed: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.units, Mapping):
+            raise TypeError(f"units has to be a mapping of names to modules, and is {type(self.units).__name__}")
+        named = {"stem": self.stem, **{f"unit {name}": unit for name, unit in self.units.items()}, "head": self.head}
+        for name, module in named.items():
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} has to be a module, and is {type(module).__name__}; wrap a function in one")
+
 
 @functools.singledispatch
 def adapt(model: nn.Module) -> Parts:
@@ -72,10 +80,31 @@ def adapt(model: nn.Module) -> Parts:
         if adapters is not None and adapters not in sys.modules:
             importlib.import_module(adapters)
             return adapt(model)
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    if isinstance(inner, nn.Module):  # torch.compile, DataParallel and their like
+        raise TypeError(
+            f"the model is wrapped, as {type(model).__name__}; pass the {type(inner).__name__} inside (the trainer "
+            "compiles, and trains on several devices, by settings of its own)"
+        )
     raise TypeError(
         f"there is no adapter for {type(model).__name__}; register a function that returns its stem, units and head: "
         "@manpp_kernels.local.adapt.register (docs/models.md shows one)"
     )
+
+
+def take_apart(model: nn.Module) -> Parts:
+    """What the adapter of ``model`` says of it.
+
+    Raises:
+        TypeError: there is none, or it says something else than :class:`Parts`.
+    """
+    parts = adapt(model)
+    if not isinstance(parts, Parts):
+        raise TypeError(
+            f"the adapter of {type(model).__name__} has to return manpp_kernels.local.Parts, and returned "
+            f"{type(parts).__name__}"
+        )
+    return parts
 
 
 # The adapters for the models of a library are imported once a model of it comes along: the library itself then has

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Size, nn
 
-from manpp_kernels.local.auxiliary import UNITS, Auxiliary, Site, Transformed, Units
+from manpp_kernels.local.auxiliary import Auxiliary, Site, Transformed, Units
 from manpp_kernels.local.block import LocalBlock
+from manpp_kernels.local.options import check_choices
 from manpp_kernels.local.targets import Criterion
 
 
@@ -116,7 +117,7 @@ class HostedOptions:
     units: Units = "next"
 
     def __post_init__(self) -> None:
-        choose("units", self.units, UNITS)
+        check_choices(self)
         if isinstance(self.host_options, Mapping):
             object.__setattr__(self, "host_options", dict(self.host_options))
 
@@ -202,12 +203,6 @@ def with_normalization(
         hosted = with_normalization(make_rule(name, given).options.host, given.get("host_options"), mean, std)
         return {**given, "host_options": hosted} if hosted else options
     return options
-
-
-def choose(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise ValueError where an option is not one of the values it can have."""
-    if value not in allowed:
-        raise ValueError(f"{what} has to be one of {', '.join(map(str, allowed))}, and is {value!r}")
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -20,6 +20,7 @@ from torch import Size, nn
 
 from manpp_kernels.local.auxiliary import Auxiliary, Classifier, Site, copy_unit
 from manpp_kernels.local.features import describe, linear_head, require
+from manpp_kernels.local.options import check_count, check_fraction
 from manpp_kernels.local.partition import Segment
 from manpp_kernels.local.residual import LinearBlock, residual_block
 from manpp_kernels.local.rules import Rule, register
@@ -40,10 +41,8 @@ class AugLocalOptions:
     pyramid: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.auxiliary_depth < 1:
-            raise ValueError(f"auxiliary_depth has to be 1 or more, and is {self.auxiliary_depth}")
-        if not 0.0 <= self.pyramid <= 1.0:
-            raise ValueError(f"pyramid has to lie in [0, 1], and is {self.pyramid}")
+        check_count("auxiliary_depth", self.auxiliary_depth)
+        check_fraction("pyramid", self.pyramid)
 
 
 def depth_at(depth: int, pyramid: float, index: int, count: int) -> int:

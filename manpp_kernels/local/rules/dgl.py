@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from manpp_kernels.local.auxiliary import Auxiliary, Classifier, Site
-from manpp_kernels.local.heads import WIDTHS, Width, dgl_head
-from manpp_kernels.local.rules import Rule, choose, register
+from manpp_kernels.local.heads import Width, dgl_head
+from manpp_kernels.local.options import check_choices
+from manpp_kernels.local.rules import Rule, register
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DglOptions:
     width: Width = "narrow"
 
     def __post_init__(self) -> None:
-        choose("width", self.width, WIDTHS)
+        check_choices(self)
 
 
 @register("dgl")

@@ -21,7 +21,8 @@ from manpp_kernels.local.auxiliary import Auxiliary, Site
 from manpp_kernels.local.decoder import Decoder
 from manpp_kernels.local.features import to_vector
 from manpp_kernels.local.losses import supervised_contrastive
-from manpp_kernels.local.rules import Rule, choose, register
+from manpp_kernels.local.options import check_choices, check_positive
+from manpp_kernels.local.rules import Rule, register
 from manpp_kernels.local.targets import Criterion, ignored_label
 from manpp_kernels.models.cifar_resnet import init_weights
 
@@ -50,9 +51,8 @@ class InfoProOptions:
     std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        choose("loss", self.loss, ("cross-entropy", "contrastive"))
-        if not self.temperature > 0:
-            raise ValueError(f"temperature has to be positive, and is {self.temperature}")
+        check_choices(self)
+        check_positive("temperature", self.temperature)
         for name in ("decoder_weight", "classifier_weight"):
             object.__setattr__(self, name, _weight(name, getattr(self, name)))
         for name in ("mean", "std"):

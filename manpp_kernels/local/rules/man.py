@@ -23,7 +23,6 @@ from torch import nn
 
 from manpp_kernels.local.ablation import EmaAlone, LbAlone
 from manpp_kernels.local.auxiliary import (
-    INITS,
     Auxiliary,
     EmaTransform,
     Init,
@@ -31,7 +30,8 @@ from manpp_kernels.local.auxiliary import (
     SumTransform,
     copy_unit,
 )
-from manpp_kernels.local.rules import Hosted, HostedOptions, choose, register
+from manpp_kernels.local.options import check_count, check_fraction
+from manpp_kernels.local.rules import Hosted, HostedOptions, register
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,10 @@ class ManOptions(HostedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.auxiliary_depth < 1:
-            raise ValueError(f"auxiliary_depth has to be 1 or more, and is {self.auxiliary_depth}")
+        check_count("auxiliary_depth", self.auxiliary_depth)
+        check_fraction("momentum", self.momentum)
         if self.auxiliary_depth > 1 and self.units != "next":
             raise ValueError("auxiliary_depth counts units from the next one on, so it goes with units='next' alone")
-        choose("parts", self.parts, ("both", "lb", "ema"))
-        choose("ema_init", self.ema_init, INITS)
-        choose("lb_init", self.lb_init, INITS)
-        if not 0.0 <= self.momentum <= 1.0:
-            raise ValueError(f"momentum has to lie in [0, 1], and is {self.momentum}")
 
 
 @register("man")

@@ -10,14 +10,14 @@ The parameter form mixes the weights of LB (beta) and EMA (phi) and runs one uni
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
 from manpp_kernels.local.auxiliary import ActivationTransform, EmaTransform, ParameterTransform
-from manpp_kernels.local.rules import choose, register
+from manpp_kernels.local.options import check_positive
+from manpp_kernels.local.rules import register
 from manpp_kernels.local.rules.man import Man, ManOptions
 
 _FORMS = {"activation": ActivationTransform, "parameter": ParameterTransform}
@@ -37,9 +37,7 @@ class ManPlusPlusOptions(ManOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose("form", self.form, tuple(_FORMS))
-        if not (math.isfinite(self.total) and self.total > 0):
-            raise ValueError(f"total has to be a positive number, and is {self.total}")
+        check_positive("total", self.total)
 
 
 @register("man++")

@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.local.auxiliary import INITS, Auxiliary, Init, Site, SumTransform, copy_unit
+from manpp_kernels.local.auxiliary import Auxiliary, Init, Site, SumTransform, copy_unit
 from manpp_kernels.local.block import BlockOutput, LocalBlock
 from manpp_kernels.local.features import linear_head
+from manpp_kernels.local.options import check_choices, check_count, check_fraction, check_weight
 from manpp_kernels.local.partition import Segment
 from manpp_kernels.local.parts import has_parameters
-from manpp_kernels.local.rules import Rule, check_units, choose, register
+from manpp_kernels.local.rules import Rule, check_units, register
 from manpp_kernels.local.targets import Criterion
 
 
@@ -57,15 +58,11 @@ class MlaanOptions:
     lb_init: Init = "fresh"
 
     def __post_init__(self) -> None:
-        choose("ema_init", self.ema_init, INITS)
-        choose("lb_init", self.lb_init, INITS)
-        for name in ("independent_weight", "cascaded_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} has to be 0 or more, and is {getattr(self, name)}")
-        if self.leaps < 1:
-            raise ValueError(f"leaps has to be 1 or more, and is {self.leaps}")
-        if not 0.0 <= self.momentum <= 1.0:
-            raise ValueError(f"momentum has to lie in [0, 1], and is {self.momentum}")
+        check_choices(self)
+        check_weight("independent_weight", self.independent_weight)
+        check_weight("cascaded_weight", self.cascaded_weight)
+        check_count("leaps", self.leaps)
+        check_fraction("momentum", self.momentum)
 
 
 def leap(site: Site, leaps: int) -> list[Segment]:

@@ -18,6 +18,7 @@ from torch import Size, Tensor, nn
 from manpp_kernels.local.auxiliary import Auxiliary, Site
 from manpp_kernels.local.features import linear_head, require
 from manpp_kernels.local.losses import similarity_matching
+from manpp_kernels.local.options import check_count, check_fraction
 from manpp_kernels.local.rules import Rule, register
 from manpp_kernels.local.targets import Criterion, ignored_label
 from manpp_kernels.models.cifar_resnet import init_weights
@@ -37,10 +38,8 @@ class PredSimOptions:
     linear_inputs: int = 1024
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.similarity_weight <= 1.0:
-            raise ValueError(f"similarity_weight has to lie in [0, 1], and is {self.similarity_weight}")
-        if self.linear_inputs < 1:
-            raise ValueError(f"linear_inputs has to be 1 or more, and is {self.linear_inputs}")
+        check_fraction("similarity_weight", self.similarity_weight)
+        check_count("linear_inputs", self.linear_inputs)
 
 
 def pooled_size(channels: int, height: int, width: int, limit: int) -> tuple[int, int]:

@@ -1,0 +1,62 @@
+"""Checks of options and settings, which come from code, command lines and configuration files."""
+
+from __future__ import annotations
+
+import math
+import typing
+from numbers import Integral, Real
+from typing import Any, Literal
+
+
+def check_choices(options: Any) -> None:
+    """Raise ValueError where a field of a dataclass, whose type is a ``Literal``, has none of its values."""
+    for name, hint in typing.get_type_hints(type(options)).items():
+        allowed = _literal_values(hint)
+        value = getattr(options, name)
+        if allowed and not any(value == a and type(value) is type(a) for a in allowed):
+            raise ValueError(f"{name} has to be one of {', '.join(map(str, allowed))}, and is {value!r}")
+
+
+def _literal_values(hint: Any) -> tuple[Any, ...]:
+    """The values of a ``Literal``, or of ``Literal[...] | None``; none of any other type."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    parts = typing.get_args(hint)
+    literals = [part for part in parts if typing.get_origin(part) is Literal]
+    if len(literals) == 1 and set(parts) <= {literals[0], type(None)}:
+        return (None, *typing.get_args(literals[0]))
+    return ()
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raise where it is no whole number from ``least`` on."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} has to be a whole number, and is {value!r}")
+    if value < least:
+        raise ValueError(f"{name} has to be {least} or more, and is {value}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raise where it is no number in [0, 1]."""
+    _check_number(name, value)
+    if not 0.0 <= value <= 1.0:  # False for NaN too
+        raise ValueError(f"{name} has to lie in [0, 1], and is {value}")
+
+
+def check_weight(name: str, value: Any) -> None:
+    """Raise where it is no finite number from 0 on."""
+    _check_number(name, value)
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} has to be 0 or more, and is {value}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise where it is no finite number above 0."""
+    _check_number(name, value)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} has to be positive, and is {value}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} has to be a number, and is {value!r}")
