@@ -36,20 +36,13 @@ from manpp_kernels.local.options import check_count
 from manpp_kernels.local.partition import evaluating, partition
 from manpp_kernels.local.parts import take_apart
 from manpp_kernels.local.progress import Progress, length_of
-from manpp_kernels.local.recompute import Recomputed
+from manpp_kernels.local.recompute import make_capturable
 from manpp_kernels.local.replicas import Alone, Replicas
 from manpp_kernels.local.resume import CHECKPOINT_NAME, Checkpoints, TrainingState
 from manpp_kernels.local.resume_settings import optimizer_settings, settings_of
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.step import Batch, StepResult, TrainingStep, autocast, check_batch, check_loss, check_pair
-from manpp_kernels.local.targets import (
-    Criterion,
-    answers_to,
-    check_labels,
-    ignored_label,
-    make_criterion,
-    takes_class_numbers,
-)
+from manpp_kernels.local.targets import Criterion, Targets
 
 __all__ = ["CHECKPOINT_NAME", "LocalTrainer", "StepResult", "TrainerConfig"]
 
@@ -104,22 +97,17 @@ class LocalTrainer:
         rule = make_rule(config.rule, config.rule_options)
         rule.check_order(config.order)
         rule.check_streams(config.streams)
+        if config.cuda_graphs:
+            check_device(self.device)
         self._layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.model = model.to(self.device)
         blocks = rule.default_blocks(1 + len(take_apart(model).units)) if config.blocks is None else config.blocks
         parts = partition(model, blocks, example=example, balance=config.balance, recompute=config.recompute)
         if parts.parts.recomputed and config.compile is not None:
             raise ValueError("units that are recomputed (activation checkpointing) do not go with compile")
-        if config.cuda_graphs:
-            check_device(self.device)
-        self._criterion = make_criterion(criterion, config.label_smoothing, self.device)
-        self._labels, self._ignored = takes_class_numbers(criterion), ignored_label(criterion)
-        self._answers = answers_to(criterion)
+        self._targets = Targets(criterion, config.label_smoothing, self.device)
         # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
-        self.network = LocalNetwork(parts, rule, self._criterion, num_classes).to(memory_format=self._layout)
-        for module in self.network.modules():
-            if isinstance(module, Recomputed):
-                module.capturable = config.cuda_graphs
+        self.network = LocalNetwork(parts, rule, self._targets.criterion, num_classes).to(memory_format=self._layout)
         self._ranks = Replicas(self.network.persistent_tensors(), self.device) if config.data_parallel else Alone()
         if config.compile is not None:
             # A capture launches what the steps before it did; code for any size, made for a smaller last batch, would
@@ -134,6 +122,7 @@ class LocalTrainer:
         self._schedulers = make_schedulers(scheduler, self.optimizers, config.schedule)
         self._graph: StepGraph | None = None
         if config.cuda_graphs:
+            make_capturable(self.network)
             self._graph = make_step_graph(self._local_step, [self.network, *shared], self.optimizers, self.device)
 
         self.interrupted = False
@@ -185,7 +174,7 @@ class LocalTrainer:
                 model has other parameters than when the trainer was made (looked at in the first step and by ``fit``).
         """
         check_batch(batch, self.config.accumulate, self.network.least_images)
-        self._check_labels(batch[1], first=self._first_step)
+        self._targets.check(batch[1], self.network.num_classes, first=self._first_step)
         if self._first_step:
             self._check_model()
         self._first_step = False
@@ -208,11 +197,6 @@ class LocalTrainer:
                 "load_state_dict(assign=True) or with a new layer, and those would not be trained; make the trainer "
                 "afterwards"
             )
-
-    def _check_labels(self, targets: Tensor, *, first: bool) -> None:
-        # Where labels lie on an accelerator, looking at them waits for all that was launched before: only once then.
-        if self._labels and (first or targets.device.type == "cpu"):
-            check_labels(targets, self.network.num_classes, self._ignored)
 
     def _on_device(self, batch: Batch) -> Batch:
         images, targets = batch
@@ -327,7 +311,7 @@ class LocalTrainer:
             with meter.step():
                 result = self.step(batch)
             self._progress.position += 1
-            totals.add(result.losses[-1], result.logits, batch[1], self._answers)
+            totals.add(result.losses[-1], result.logits, batch[1], self._targets.answers)
             meter.tick(0 if self._graph is None else self._graph.peak_bytes)
             if on_step is not None:
                 on_step(self, result)
@@ -373,13 +357,13 @@ class LocalTrainer:
             for batch in loader:
                 if len(check_pair(batch)[0]) == 0:  # whose mean loss is no number
                     continue
-                self._check_labels(batch[1], first=totals.images == 0)
+                self._targets.check(batch[1], self.network.num_classes, first=totals.images == 0)
                 images, targets = self._on_device(batch)
                 with autocast(self.config, self.device):
                     logits = self.model(images)
-                    loss = self._criterion(logits, targets)
+                    loss = self._targets.criterion(logits, targets)
                     check_loss(loss)
-                totals.add(loss, logits, targets, self._answers)
+                totals.add(loss, logits, targets, self._targets.answers)
         if totals.images == 0:
             raise ValueError("the loader gave no batch to evaluate")
         return totals

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manpp_kernels.local.graphs import StepGraph
-from manpp_kernels.local.recompute import Recomputed
+from manpp_kernels.local.recompute import make_capturable
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -115,9 +115,7 @@ class Recorder:
 def recorded(trainer: LocalTrainer, *criteria: torch.nn.Module) -> Recorder:
     """Put a graph into a trainer on the CPU."""
     recorder = Recorder(trainer)
-    for module in trainer.network.modules():
-        if isinstance(module, Recomputed):
-            module.capturable = True
+    make_capturable(trainer.network)
     device: Any = recorder
     trainer._graph = StepGraph(trainer._local_step, [trainer.network, *criteria], trainer.optimizers, device)
     return recorder
@@ -238,7 +236,7 @@ def test_a_criterion_with_other_weights_is_noticed() -> None:
     recorder = recorded(graphed, criterion)
     step_both(eager, graphed, 5)
     for trainer in (eager, graphed):
-        trainer._criterion.func.weight = torch.tensor([0.5, 1.0, 3.0, 1.0]).double()  # type: ignore[attr-defined]
+        trainer._targets.criterion.func.weight = torch.tensor([0.5, 1.0, 3.0, 1.0]).double()  # type: ignore[attr-defined]
     step_both(eager, graphed, 5)
     assert (recorder.runs, recorder.captures, recorder.replays) == (6, 2, 4)
     assert_same(eager, graphed)

@@ -89,6 +89,13 @@ class Recomputed(nn.Module):
             )
 
 
+def make_capturable(network: nn.Module) -> None:
+    """Let every recomputed unit of ``network`` run inside a CUDA graph; see :class:`Recomputed`."""
+    for module in network.modules():
+        if isinstance(module, Recomputed):
+            module.capturable = True
+
+
 def _random_states(device: torch.device) -> list[Tensor]:
     """Those of the host's generator and the device's; no computation on the device."""
     states = [torch.get_rng_state()]

@@ -18,6 +18,31 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 Answers = Callable[[Tensor, Tensor], tuple[Tensor | int, Tensor | int]]
 
 
+class Targets:
+    """What the targets of batches are to a criterion; None is cross-entropy.
+
+    Attributes:
+        criterion: as the blocks hold it.
+        answers: how predictions are scored; see :func:`answers`.
+
+    Raises:
+        TypeError, ValueError: as :func:`make_criterion`.
+    """
+
+    def __init__(self, criterion: Criterion | None, label_smoothing: float, device: torch.device) -> None:
+        self.criterion = make_criterion(criterion, label_smoothing, device)
+        self.answers = answers_to(criterion)
+        self._of_classes, self._ignored = takes_class_numbers(criterion), ignored_label(criterion)
+
+    def check(self, targets: Tensor, classes: int, *, first: bool) -> None:
+        """Raise BatchError where class numbers do not fit the model's output.
+
+        Where they lie on an accelerator, a look waits for all that was launched before: at the ``first`` of them alone.
+        """
+        if self._of_classes and (first or targets.device.type == "cpu"):
+            check_labels(targets, classes, self._ignored)
+
+
 def make_criterion(criterion: Criterion | None, label_smoothing: float, device: torch.device) -> Criterion:
     """The criterion as the blocks hold it; None is cross-entropy.
 
