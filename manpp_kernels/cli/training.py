@@ -281,10 +281,12 @@ def _trainer(
     rule_options = with_normalization(
         settings.trainer.rule, settings.trainer.rule_options, tuple(data.mean), tuple(data.std)
     )
+    # The criterion of an observer smooths labels itself.
+    smoothing = settings.trainer.label_smoothing if criterion is None else 0.0
     with _fitting(run.model, data.size):
         return LocalTrainer(
             build_model(run.model, data.num_classes, data.size),
-            dataclasses.replace(settings.trainer, rule_options=rule_options),
+            dataclasses.replace(settings.trainer, rule_options=rule_options, label_smoothing=smoothing),
             example=(3, data.size, data.size),
             num_classes=data.num_classes,
             optimizer=optimizer_factory(run.optimizer, lr, run.weight_decay, run.optimizer_arg),
