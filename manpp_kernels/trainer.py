@@ -191,7 +191,8 @@ class LocalTrainer:
 
     def _check_model(self) -> None:
         """Raise where the model is no longer what the blocks and optimizers hold, and would not be what is trained."""
-        if list(map(id, self.model.parameters())) != list(map(id, self._own_parameters)):
+        # In any order: a parametrisation, or pruning, goes on with the parameter under another name.
+        if set(map(id, self.model.parameters())) != set(map(id, self._own_parameters)):
             raise ValueError(
                 f"{type(self.model).__name__} has other parameters than when the trainer was made, as after "
                 "load_state_dict(assign=True) or with a new layer, and those would not be trained; make the trainer "

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_trainer import batch, loader, small_model, small_trainer
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from manpp_kernels.local import Parts, adapt
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
@@ -237,6 +238,17 @@ def test_a_model_with_other_parameters_than_the_trainer_has(change: Callable[[nn
     change(trained.model)
     with pytest.raises(ValueError, match="and those would not be trained; make the trainer afterwards"):
         trained.fit(loader(), 1)
+
+
+def test_parameters_may_take_other_names() -> None:
+    """Pruning and parametrisations put a parameter behind those of its module, and it is trained as before."""
+    trainer = small_trainer(rule="dgl")
+    prune.random_unstructured(trainer.model.fc, "weight", 0.5)
+    parametrize.register_parametrization(trainer.model.layer3[0].conv1, "weight", nn.Identity())
+    for owner in (trainer.model.fc, trainer.model.layer3[0].conv1):
+        before = [p.detach().clone() for p in owner.parameters()]
+        trainer.fit(loader(), trainer.epoch + 1)
+        assert not any(torch.equal(p, b) for p, b in zip(owner.parameters(), before, strict=True))
 
 
 def test_a_scheduler_of_another_optimizer() -> None:
