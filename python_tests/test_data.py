@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -186,10 +187,22 @@ class TestFolder:
             (image_folder / name).mkdir()
         (image_folder / ".cache").symlink_to(image_folder / "cat", target_is_directory=True)
         (image_folder / "cat" / "._1.png").write_text("what macOS leaves beside 1.png on other file systems")
+        shutil.copytree(image_folder / "dog", image_folder / "cat" / ".ipynb_checkpoints")
         data = load(f"folder:{image_folder}", size=16)
         assert data.num_classes == 2
         assert torch.equal(data.train.labels, expected.train.labels)
         assert torch.equal(data.test.images, expected.test.images)
+
+    def test_hidden_above_the_folder_is_not_in_it(self, image_folder: Path) -> None:
+        for label in ("cat", "dog"):
+            shutil.copytree(image_folder / label, image_folder / ".cache" / label)
+        assert len(load(f"folder:{image_folder / '.cache'}", size=16).train) == 16
+
+    def test_a_class_of_hidden_images_alone(self, image_folder: Path) -> None:
+        (image_folder / "emu").mkdir()
+        (image_folder / "emu" / "._1.png").write_text("what macOS leaves beside 1.png on other file systems")
+        with pytest.raises(DataError, match="no image that is not hidden for the class emu"):
+            load(f"folder:{image_folder}")
 
     def test_unreadable_image(self, image_folder: Path) -> None:
         (image_folder / "dog" / "3.png").write_text("no image")

@@ -335,7 +335,12 @@ class _ClassFolders(tv.ImageFolder):
     @staticmethod
     def make_dataset(directory: Any, class_to_idx: dict[str, int], *args: Any, **options: Any) -> list[tuple[str, int]]:
         samples = tv.ImageFolder.make_dataset(directory, class_to_idx, *args, **options)
-        return [(file, label) for file, label in samples if not _hidden(Path(file).name)]
+        seen = [(file, i) for file, i in samples if not any(map(_hidden, Path(file).relative_to(directory).parts))]
+        bare = sorted(set(class_to_idx.values()) - {i for _, i in seen})
+        if bare:  # which torchvision says of those without any file
+            name = next(name for name, i in class_to_idx.items() if i == bare[0])
+            raise FileNotFoundError(f"Found no image that is not hidden for the class {name}")
+        return seen
 
 
 def _hidden(name: str) -> bool:
