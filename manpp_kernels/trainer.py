@@ -264,7 +264,7 @@ class LocalTrainer:
                 while self.epoch < epochs and not interrupt.is_set():
                     if self._train_epoch(loader, interrupt, on_step, path, checkpoint_every):
                         self._finish_epoch(val_loader, path)
-                        with self._checkpoints.kept_in(path):
+                        with self._checkpoints.kept_in(path, self.save):
                             if on_epoch is not None:
                                 on_epoch(self, self.history[-1])
                         if path is not None:  # with what the callback changed, such as a learning rate
@@ -332,7 +332,7 @@ class LocalTrainer:
         validation = None
         if val_loader is not None:
             # Where it fails, the epoch is in the checkpoint, and is validated on resuming.
-            with self._checkpoints.kept_in(path), self._progress.kept_rng_state():
+            with self._checkpoints.kept_in(path, self.save), self._progress.kept_rng_state():
                 validation = self._evaluate(val_loader)
             validation = self._ranks.totals(validation)
         row = history_row(self.epoch, self._ranks.totals(totals), validation, self.optimizers, self.device)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_checkpoint import assert_equal, make_loader, make_trainer, seed_everything
-from test_trainer import batch, loader, small_trainer
+from test_trainer import batch, loader, small_model, small_trainer
 from torch.utils.data import DataLoader
 
-from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer
+from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer, TrainerConfig
 
 Adam = functools.partial(torch.optim.Adam, lr=0.01)
 
@@ -135,6 +135,23 @@ def test_an_epoch_is_not_lost_where_its_callback_fails(tmp_path: Path) -> None:
     resumed = make_trainer()
     resumed.load(tmp_path)
     assert (resumed.epoch, resumed.position) == (1, 0)
+
+
+@pytest.mark.parametrize("fails", ["validation", "callback"])
+def test_a_subclass_saves_in_its_own_way_where_an_epoch_fails(tmp_path: Path, fails: str) -> None:
+    class Noting(LocalTrainer):
+        def save(self, path: str | Path) -> None:
+            super().save(path)
+            Path(path).with_name("note").write_text(f"{self.epoch} {self.position}")
+
+    def crash(trainer, row) -> None:
+        raise Crash
+
+    trainer = Noting(small_model(), TrainerConfig(rule="dgl"), example=(3, 8, 8))
+    options = {"on_epoch": crash} if fails == "callback" else {"val_loader": Fragile(1)}
+    with pytest.raises(Crash):
+        trainer.fit([batch()], 1, checkpoint_dir=tmp_path, **options)
+    assert (tmp_path / "note").read_text() == ("1 0" if fails == "callback" else "0 1")
 
 
 @pytest.mark.parametrize("stop", [0, 2])  # after the first epoch, in the middle of the second

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +145,18 @@ class Checkpoints:
         return path
 
     @contextlib.contextmanager
-    def kept_in(self, path: Path | None) -> Iterator[None]:
-        """What was trained is in the checkpoint, if there is to be one, where what is inside fails."""
+    def kept_in(self, path: Path | None, save: Callable[[Path], None]) -> Iterator[None]:
+        """What was trained is in the checkpoint, if there is to be one, where what is inside fails.
+
+        It is written by ``save``, the trainer's, which a subclass may have made more of.
+        """
         if path is not None and self._ranks.count > 1:  # which could not agree on it afterwards
-            self.save(path)
+            save(path)
         try:
             yield
         except BaseException:
             if path is not None and self._ranks.count == 1:
-                self.save(path)
+                save(path)
             raise
 
 
