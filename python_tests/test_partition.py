@@ -325,6 +325,23 @@ def test_a_part_with_parameters_that_the_model_has_not() -> None:
         partition(Normalised(), example=(3, 8, 8))
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_memory_that_does_not_suffice_is_no_fault_of_the_parts(error: type[Exception]) -> None:
+    class Large(Row):
+        pass
+
+    class Full(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error("out of memory")
+
+    @adapt.register(Large)
+    def _(model: Large) -> Parts:
+        return model.parts(pool=Full())
+
+    with pytest.raises(error):
+        partition(Large(), example=(3, 8, 8))
+
+
 def test_parts_that_do_not_follow_each_other() -> None:
     class Forked(Row):
         pass

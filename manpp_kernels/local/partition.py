@@ -259,6 +259,8 @@ def _run_part(name: str, module: nn.Module, x: Tensor) -> Tensor:
     """What a part gives for what the parts before it gave; raises with its name."""
     try:
         y = module(x)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise ValueError(f"{name} does not take {tuple(x.shape)}, which the parts before it give: {error}") from error
     if not isinstance(y, Tensor):
