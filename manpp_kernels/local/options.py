@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import typing
 from numbers import Integral, Real
@@ -10,11 +11,22 @@ from typing import Any, Literal
 
 def check_choices(options: Any) -> None:
     """Raise ValueError where a field of a dataclass, whose type is a ``Literal``, has none of its values."""
-    for name, hint in typing.get_type_hints(type(options)).items():
+    for name, hint in _hints(type(options)).items():
         allowed = _literal_values(hint)
         value = getattr(options, name)
-        if allowed and not any(value == a and type(value) is type(a) for a in allowed):
+        if allowed and not any(isinstance(value, type(a)) and value == a for a in allowed):
             raise ValueError(f"{name} has to be one of {', '.join(map(str, allowed))}, and is {value!r}")
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of its fields, or of as near a base as they can be told of.
+
+    Options of a rule from outside may name types that are imported for type checkers alone, or inside a function.
+    """
+    for base in kind.__mro__:
+        with contextlib.suppress(NameError, AttributeError):
+            return typing.get_type_hints(base)
+    return {}
 
 
 def _literal_values(hint: Any) -> tuple[Any, ...]:
@@ -46,15 +58,22 @@ def check_fraction(name: str, value: Any) -> None:
 def check_weight(name: str, value: Any) -> None:
     """Raise where it is no finite number from 0 on."""
     _check_number(name, value)
-    if not (value >= 0 and math.isfinite(value)):
+    if not value >= 0:  # nor NaN
         raise ValueError(f"{name} has to be 0 or more, and is {value}")
+    _check_finite(name, value)
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise where it is no finite number above 0."""
     _check_number(name, value)
-    if not (value > 0 and math.isfinite(value)):
+    if not value > 0:  # nor NaN
         raise ValueError(f"{name} has to be positive, and is {value}")
+    _check_finite(name, value)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} has to be finite, and is {value}")
 
 
 def _check_number(name: str, value: Any) -> None:
