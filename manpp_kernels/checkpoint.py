@@ -78,7 +78,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it holds something that :func:`read` would refuse. The file is as it was.
     """
-    plain = {part: _plain(value) for part, value in state.items()}
+    plain = {part: plain_numbers(value) for part, value in state.items()}
     with atomic_path(path) as temporary:
         torch.save({"format": _FORMAT, "version": _VERSION, **plain}, temporary)
         try:
@@ -91,13 +91,14 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
             ) from error
 
 
-def _plain(value: Any) -> Any:
+def plain_numbers(value: Any) -> Any:
+    """``value`` with Python's numbers and strings in place of NumPy's, in dicts, lists and tuples too."""
     if isinstance(value, np.generic):
         return value.item()
     if type(value) is dict:
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain_numbers(entry) for key, entry in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_plain(entry) for entry in value)
+        return type(value)(plain_numbers(entry) for entry in value)
     return value
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_resume import without
@@ -191,3 +192,14 @@ def test_a_loader_of_another_length(tmp_path: Path) -> None:
     resumed.fit(loader(24, 4), 2, checkpoint_dir=tmp_path)  # a new epoch may be another
     resumed.fit((batch() for _ in range(3)), 3, checkpoint_dir=tmp_path)  # and have no length
     assert resumed.epoch == 3
+
+
+def test_numpys_numbers_are_the_same_as_pythons(tmp_path: Path) -> None:
+    """They are accepted, as of a sweep over an array, and written as text."""
+    options = {"rule": "man++", "rule_options": {"momentum": 0.5, "auxiliary_depth": 1}, "accumulate": 2}
+    theirs = {"rule": "man++", "rule_options": {"momentum": np.float64(0.5), "auxiliary_depth": np.int64(1)}}
+    first = LocalTrainer(small_model(), TrainerConfig(**theirs, accumulate=np.int64(2)), example=(3, 8, 8))
+    first.save(tmp_path / CHECKPOINT_NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LocalTrainer(small_model(), TrainerConfig(**options), example=(3, 8, 8)).load(tmp_path)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from manpp_kernels.checkpoint import plain_numbers
 from manpp_kernels.local.auxiliary import EmaUpdates, Site
 from manpp_kernels.local.block import BlockOutput, LocalBlock
 from manpp_kernels.local.partition import Partition, modules_of
@@ -103,7 +104,7 @@ class LocalNetwork(nn.Module):
         """What has to agree for two trainings to be of the same kind: the rule, its options, the blocks."""
         return {
             "rule": self.rule.name,
-            "rule options": repr(dataclasses.asdict(self.rule.options)),
+            "rule options": repr(plain_numbers(dataclasses.asdict(self.rule.options))),
             "blocks": [" ".join(names) for names in self.partition.names()],
         }
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.checkpoint import CheckpointError
+from manpp_kernels.checkpoint import CheckpointError, plain_numbers
 from manpp_kernels.local.config import TrainerConfig
 from manpp_kernels.local.targets import Criterion
 
@@ -33,7 +33,7 @@ def settings_of(
     given = {"clip_norm": config.clip_norm, "accumulate": config.accumulate}
     if criterion is None:
         given["label_smoothing"] = config.label_smoothing
-    shown = {name: repr(value) for name, value in given.items()}
+    shown = {name: repr(plain_numbers(value)) for name, value in given.items()}
     loss = _criterion(criterion)
     if loss is not None:
         shown["criterion"] = loss
