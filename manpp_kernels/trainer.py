@@ -89,7 +89,7 @@ class LocalTrainer:
     ) -> None:
         if config is not None and not isinstance(config, TrainerConfig):
             raise TypeError(f"config has to be a TrainerConfig, and is {type(config).__name__}")
-        self.config = config = config or TrainerConfig()
+        self._config = config = config or TrainerConfig()
         like = next(model.parameters(), None)
         if like is None:
             raise ValueError(f"{type(model).__name__} has no parameters to train")
@@ -135,7 +135,11 @@ class LocalTrainer:
             self._ranks,
         )
 
-    # Read only: another list, or number, in their place would be the trainer's alone, and not what trains.
+    # Read only: another one in the place of any would be the trainer's alone, and not what trains.
+
+    @property
+    def config(self) -> TrainerConfig:
+        return self._config
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -249,6 +250,15 @@ def test_parameters_may_take_other_names() -> None:
         before = [p.detach().clone() for p in owner.parameters()]
         trainer.fit(loader(), trainer.epoch + 1)
         assert not any(torch.equal(p, b) for p, b in zip(owner.parameters(), before, strict=True))
+
+
+def test_what_trains_is_not_replaced_in_the_trainer() -> None:
+    """The step would go on with what it was made of."""
+    trainer = small_trainer(rule="dgl")
+    with pytest.raises(AttributeError, match="config"):
+        trainer.config = dataclasses.replace(trainer.config, clip_norm=1.0)  # type: ignore[misc]
+    with pytest.raises(AttributeError, match="optimizers"):
+        trainer.optimizers = []  # type: ignore[misc]
 
 
 def test_a_scheduler_of_another_optimizer() -> None:
