@@ -326,5 +326,9 @@ def test_models_inside_others_and_tokens() -> None:
     for wrapped in (torch.compile(small_model(), backend="eager"), nn.DataParallel(small_model())):
         with pytest.raises(TypeError, match=r"is wrapped, as .*; pass the CifarResNet inside"):
             LocalTrainer(wrapped, example=(3, 8, 8))
+    network = nn.Module()
+    network.module, network.head = nn.Linear(4, 4), nn.Linear(4, 2)
+    with pytest.raises(TypeError, match="there is no adapter for Module; register a function"):
+        LocalTrainer(network, example=(4,))
     with pytest.raises(ValueError, match=r"example images are torch\.int64, .* of a floating dtype"):
         LocalTrainer(small_model(), example=torch.zeros(2, 3, 8, 8, dtype=torch.int64))

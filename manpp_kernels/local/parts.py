@@ -80,8 +80,9 @@ def adapt(model: nn.Module) -> Parts:
         if adapters is not None and adapters not in sys.modules:
             importlib.import_module(adapters)
             return adapt(model)
-    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-    if isinstance(inner, nn.Module):  # torch.compile, DataParallel and their like
+    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+    # torch.compile, DataParallel and their like; what has parameters beside it is a network with a part of that name.
+    if isinstance(inner, nn.Module) and set(inner.parameters()) == set(model.parameters()):
         raise TypeError(
             f"the model is wrapped, as {type(model).__name__}; pass the {type(inner).__name__} inside (the trainer "
             "compiles, and trains on several devices, by settings of its own)"
