@@ -251,8 +251,10 @@ class LocalTrainer:
             a second Ctrl-C raises at once.
 
         Raises:
-            ValueError: the loader gives no batch; ``val_loader`` has none; ``checkpoint_every`` or ``resume=True``
-                without ``checkpoint_dir``; or as :meth:`step`.
+            TypeError: ``epochs`` is no whole number (an endless training is one of many: ``10**9``); or as
+                :meth:`step`.
+            ValueError: it is negative; the loader gives no batch; ``val_loader`` has none; ``checkpoint_every`` or
+                ``resume=True`` without ``checkpoint_dir``; or as :meth:`step`.
             FileExistsError: ``checkpoint_dir`` has the checkpoint of another training.
             OSError: nothing can be written to ``checkpoint_dir``. Like the errors before, it comes before the first
                 step.
