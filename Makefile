@@ -1,7 +1,7 @@
 # make demo    install into .venv and compare MAN++ with end-to-end training on the digits
 # make test    install into .venv, then lint, types and every test
 # make bench   install into .venv and run the benchmarks (NAME=ema_scale_update for one of them)
-# make compat  run the tests of the library that `make test` built under an older PyTorch: COMPAT="torch==2.11.0 …"
+# make compat  run the tests of the library that `make test` built under the oldest PyTorch: COMPAT="torch==2.11.0 …"
 # make clean   remove everything that the above made, except runs/
 #
 # VENV is the virtual environment, PYTHON the interpreter it is made from (3.10 or later).
@@ -9,7 +9,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 NAME ?=
-COMPAT ?= torch==2.11.0 torchvision==0.26.0
+COMPAT ?= torch==2.10.0 torchvision==0.25.0
 
 BIN := $(VENV)/bin
 # The build looks for cmake and ninja on the PATH.
