@@ -180,7 +180,8 @@ def rng_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Where a training on the CPU has not begun to use a GPU, looking would begin.
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "generators": [g.get_state() for g in generators],
     }
 

@@ -251,7 +251,7 @@ def _measure(model: nn.Module, parts: Parts, images: Tensor, by_memory: bool) ->
             f"stem, units and head of {type(model).__name__}, run in a row, do not give what the model itself gives; "
             "register an adapter that takes the model's forward apart as it is"
         )
-    _check_training(model, parts, images)
+    _check_training(model, parts, images[:1])
     return tuple(segments), output.shape
 
 
@@ -292,7 +292,7 @@ def _check_training(model: nn.Module, parts: Parts, images: Tensor) -> None:
 def _in_training(module: nn.Module, images: Tensor) -> Any:
     """What it gives in training mode, with the same random numbers every time; nothing is changed.
 
-    Batch normalisations are in evaluation mode: statistics of two images would make much of the smallest difference.
+    Batch normalisations are in evaluation mode: statistics of so few images would make much of the smallest difference.
     """
     # With buffers of its own alone; what is not trained by gradients may be moved by a forward pass.
     module = copy.deepcopy(module, {id(p): p for p in module.parameters() if p.requires_grad})
