@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pytest
 
-from manpp_kernels.local.options import check_choices, check_positive, check_weight
+from manpp_kernels.local.options import check_choices, check_count, check_fraction, check_positive, check_weight
 from manpp_kernels.local.rules.dgl import DglOptions
 from manpp_kernels.trainer import TrainerConfig
 
 if TYPE_CHECKING:
     from somewhere import Schedule  # type: ignore[import-not-found]
+
+CHECKS = {"count": check_count, "fraction": check_fraction, "weight": check_weight, "positive": check_positive}
 
 
 class Order(str, enum.Enum):
@@ -61,3 +63,42 @@ def test_numbers_without_end() -> None:
         for value in (-1.0, -math.inf, math.nan):
             with pytest.raises(ValueError, match=f"n has to be (positive|0 or more), and is {value}"):
                 check("n", value)
+
+
+@pytest.mark.parametrize(
+    ("check", "right", "wrong"),
+    [
+        ("count", [1, 7, np.int64(3)], [0, -1]),
+        ("fraction", [0, 0.0, 0.5, 1, 1.0, np.float32(0.5)], [-1e-9, 1.0000001, math.nan, math.inf]),
+        ("weight", [0, 0.0, 7.5, np.float32(2)], [-1e-9, math.nan, math.inf, -math.inf]),
+        ("positive", [1e-9, 3], [0, 0.0, -1.0, math.nan, math.inf]),
+    ],
+)
+def test_numbers(check: str, right: list[Any], wrong: list[Any]) -> None:
+    for value in right:
+        CHECKS[check]("name", value)
+    for value in wrong:
+        with pytest.raises(ValueError, match="name has to "):
+            CHECKS[check]("name", value)
+    for value in (True, "1", None, [1], *([1.0] if check == "count" else [])):
+        with pytest.raises(TypeError, match=r"name has to be a (whole )?number, and is "):
+            CHECKS[check]("name", value)
+
+
+@dataclasses.dataclass
+class Chosen:
+    size: Literal[0, 1, 2] = 1
+    kind: Literal["a", "b"] | None = None
+    other: int | str = 0
+
+
+def test_choices() -> None:
+    for right in (Chosen(), Chosen(0, "b", "whatever"), Chosen(2, "a", -9)):
+        check_choices(right)
+    for wrong, message in (
+        (Chosen(3), "size has to be one of 0, 1, 2, and is 3"),  # type: ignore[arg-type]
+        (Chosen(kind="c"), "kind has to be one of None, a, b, and is 'c'"),  # type: ignore[arg-type]
+        (Chosen(kind=0), "kind has to be one of None, a, b, and is 0"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_choices(wrong)
