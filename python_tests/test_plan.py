@@ -90,22 +90,27 @@ def test_effective_weights_stand_at_fixed_addresses_and_carry_gradients(target: 
         assert not plan.update(0.9, scale)[0].requires_grad
 
 
-def test_a_graph_over_overwritten_weights_cannot_run_backward(target: Target) -> None:
+@pytest.mark.parametrize("trained", ["scale", "bias", "neither"])
+def test_a_graph_over_overwritten_weights_cannot_run_backward(target: Target, trained: str) -> None:
     ema, params, bias = torch.randn(3, 6, device=target.device).unbind()
-    scale = torch.ones((), device=target.device, requires_grad=True)
+    scale, x = torch.ones((), device=target.device), torch.ones(6, device=target.device, requires_grad=True)
+    scale.requires_grad_(trained == "scale")
+    bias = bias.clone().requires_grad_(trained == "bias")
     plan = EmaPlan(ema, params, bias=bias)
-    (w,) = plan.update(0.9, scale)
-    loss = (w**2).sum()
-    plan.update(0.9, scale)
-    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
-        loss.backward()
+    for grad in (True, False):
+        (w,) = plan.update(0.9, scale)
+        loss = (w * x).sum()
+        with torch.set_grad_enabled(grad):
+            plan.update(0.9, scale)
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+            loss.backward()
 
 
 def test_autograd_sees_the_write(target: Target) -> None:
     ema, params = torch.randn(2, 6, device=target.device).unbind()
     weight = torch.randn(6, device=target.device, requires_grad=True)
     plan = EmaPlan(ema, params)
-    for momentum in (0.9, torch.tensor(0.9, device=target.device)):
+    for momentum in (0.9, 0.9, torch.tensor(0.9, device=target.device)):  # the second goes the plan's short way
         loss = (weight * ema).sum()
         plan.update(momentum)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -144,11 +149,13 @@ def test_stochastic_rounding(target: Target) -> None:
     assert torch.equal(ema, first[0]), "the bits of the operator"
 
 
-def test_first_used_in_inference_mode(target: Target) -> None:
+@pytest.mark.parametrize("made", [False, True], ids=["used", "made"])
+def test_first_used_in_inference_mode(target: Target, made: bool) -> None:
     ema = torch.zeros(6, dtype=torch.bfloat16, device=target.device)
     params, bias = (torch.ones(6, device=target.device, requires_grad=True) for _ in range(2))
     scale = torch.ones((), device=target.device)
-    plan = EmaPlan(ema, params, bias=bias, rounding="stochastic")
+    with torch.inference_mode(made):
+        plan = EmaPlan(ema, params, bias=bias, rounding="stochastic")
     with torch.inference_mode():
         plan.update(0.5, scale)
     found = plan.update(0.5, scale)
