@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -128,6 +129,22 @@ def test_the_choice_holds_in_other_threads() -> None:
         thread.start()
         thread.join()
     assert found == ["eager"]
+
+
+def test_whether_it_is_the_compiled_librarys_is_told_alike() -> None:
+    x = torch.ones(3)
+    for backend in [None, *RUNNING]:
+        with contextlib.nullcontext() if backend is None else use_backend(backend):
+            assert backends.compiled_for(x) == (backends.selected(x.device) in ("cpu", "cuda"))
+
+
+@pytest.mark.parametrize(("backend", "device"), [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "meta"), ("triton", "cpu")])
+def test_devices_that_a_backend_does_not_run_on(monkeypatch: pytest.MonkeyPatch, backend: str, device: str) -> None:
+    """On any machine, by what was chosen and could run."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_override", backend)
+    with pytest.raises(RuntimeError, match=f"'{backend}' was asked for, and the tensors are on {device}"):
+        backends.selected(torch.device(device))
 
 
 def test_tensors_on_another_device_than_the_backend() -> None:
