@@ -74,10 +74,7 @@ class TestOptions:
             ("--blocks 2,layer1.4", {"blocks": (2, "layer1.4")}),
             ("--mode slow --flag", {"mode": "slow", "flag": True}),
             ("--no-flag", {"flag": False}),
-            (
-                "--extra a=0.9,0.95 --extra b=true --extra c=word",
-                {"extra": {"a": (0.9, 0.95), "b": True, "c": "word"}},
-            ),
+            ("--extra a=0.9,1 --extra b=true --extra c=d=e", {"extra": {"a": (0.9, 1), "b": True, "c": "d=e"}}),
         ],
     )
     def test_words(self, parser: Parser, words: str, expected: dict[str, Any]) -> None:
@@ -88,6 +85,8 @@ class TestOptions:
         [
             ("--count 1.5", "has to be a whole number, and is '1.5'"),
             ("--high x", "has to be a number or none"),
+            ("--low none", "has to be a number, and is 'none'"),
+            ("--high inf", "has to be a finite number, and is inf"),
             ("--mode slwo", r"fast or slow, and is 'slwo' \(did you mean slow\?\)"),
             ("--size 0", "has to be 1 or more, and is 0"),
             ("--low", "expected one argument"),

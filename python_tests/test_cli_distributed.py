@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from manpp_kernels.cli import main
 from manpp_kernels.cli.parsing import UserError
-from manpp_kernels.cli.ranks import joined
+from manpp_kernels.cli.ranks import Ranks, joined
 from manpp_kernels.cli.settings import Settings
 from manpp_kernels.data.loading import EpochBatches
 
@@ -84,6 +85,21 @@ def test_without_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.delenv("RANK", raising=False)
     assert main([*RUN, "--data-parallel", "--out", str(tmp_path / "run")]) == 2
     assert "--data-parallel is for processes that torchrun starts" in capsys.readouterr().err
+
+
+def test_the_first_process_alone_makes_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Path] = []
+
+    def broadcast(objects: list[Path | None], **_: object) -> None:
+        if objects[0] is not None:
+            sent.append(objects[0])
+        objects[0] = sent[0]
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    made = (Path(f"folder-{number}") for number in itertools.count())
+    ranks = [Ranks(rank, 3, torch.device("cpu")) for rank in range(3)]
+    assert {rank.agree(lambda: next(made)) for rank in ranks} == {Path("folder-0")}
+    assert next(made) == Path("folder-1")
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,17 +31,34 @@ def test_every_backend_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert said[1] == (f"not available: {reason}" if reason else "ok")
 
 
-def test_a_backend_that_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    def wrong(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        right = manpp_kernels.scale_bias_mix(a, b, scale)
-        return right + 1e-2 if backends.selected(a.device) != "eager" else right
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("ema_scale_update", "ema_scale_update backward", "scale_bias_mix", "scale_bias_mix backward"),
+        "detach_copy",
+    ],
+)
+def test_a_backend_that_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: Any, what: str) -> None:
+    operator, _, backward = what.partition(" ")
+    right = getattr(manpp_kernels, operator)
+
+    def wrong(first: Any, *args: Any, **options: Any) -> Any:
+        found = right(first, *args, **options)
+        results = found if isinstance(found, list) else [found]
+        if backends.selected((first[0] if isinstance(first, list) else first).device) == "eager":
+            return found
+        if backward:
+            for y in results:
+                y.register_hook(lambda gradient: 1.01 * gradient)
+            return found
+        return [y + 1e-2 for y in results] if isinstance(found, list) else found + 1e-2
 
     others = [b for b in manpp_kernels.available() if b != "eager"]
     if not others:
         pytest.skip("there is nothing to compare with plain PyTorch")
-    monkeypatch.setattr(doctor, "scale_bias_mix", wrong)
+    monkeypatch.setattr(doctor, operator, wrong)
     assert main(["doctor"]) == 1
-    assert "WRONG: scale_bias_mix differs by up to 0.01" in capsys.readouterr().out
+    assert re.search(rf"WRONG: {what} differs by up to \d", capsys.readouterr().out)
 
 
 def test_the_backend_that_the_environment_asks_for(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
