@@ -161,12 +161,17 @@ def check_tensors(what: str, found: Mapping[str, Any], expected: Mapping[str, Te
             )
 
 
-def loader_generators(loader: Any) -> list[torch.Generator]:
-    """The generators that a loader or its samplers draw the order of an epoch from, beside torch's global one."""
+def loader_and_samplers(loader: Any) -> list[Any]:
+    """What decides the order of an epoch: the loader, its samplers, and that of its batch sampler, each once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    return list({id(owner): owner for owner in owners if owner is not None}.values())
+
+
+def loader_generators(loader: Any) -> list[torch.Generator]:
+    """The generators that a loader or its samplers draw the order of an epoch from, beside torch's global one."""
     found: dict[int, torch.Generator] = {}
-    for owner in owners:
+    for owner in loader_and_samplers(loader):
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             found[id(generator)] = generator

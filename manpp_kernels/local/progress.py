@@ -137,7 +137,7 @@ def length_of(loader: Iterable[Any]) -> int | None:
 
 def set_epoch(loader: Iterable[Any], epoch: int) -> None:
     """Tell a loader and its samplers, where they ask for it, how many epochs are done."""
-    for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+    for owner in checkpoint.loader_and_samplers(loader):
         tell = getattr(owner, "set_epoch", None)
         if callable(tell):
             tell(epoch)
