@@ -298,6 +298,10 @@ class TestRecipe:
         assert [default_lr(name, 512) for name in ("AdamW", "adam", "rprop")] == [1e-3, 1e-3, None]
         adam = optimizer_factory("adamw", None, 0.1, {"betas": (0.8, 0.9)})([parameter])
         assert adam.defaults["betas"] == (0.8, 0.9)
+        # What was given holds, 0 and what is another by default included.
+        adam = optimizer_factory("adamw", 0.0, 0.0, {})([parameter])
+        assert (adam.defaults["lr"], adam.defaults["weight_decay"]) == (0, 0)
+        assert optimizer_factory("sgd", 0.1, None, {"momentum": 0.5})([parameter]).defaults["momentum"] == 0.5
 
     @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
     def test_every_optimizer_comes_with_the_arguments_that_it_has(self, name: str, tmp_path: Path) -> None:
