@@ -95,7 +95,7 @@ def test_the_first_checkpoints_are_told_by_their_keys(tmp_path: Path, before, af
         small_trainer(rule="dgl", scheduler=before, optimizer=Adam).load(tmp_path)
 
 
-def fail_once(monkeypatch, owner: object, name: str) -> None:
+def fail_once(monkeypatch, owner: object, name: str, error: type[BaseException] = IndexError) -> None:
     """The method does what it does, and fails in the end the first time."""
     method, calls = getattr(owner, name), []
 
@@ -103,7 +103,7 @@ def fail_once(monkeypatch, owner: object, name: str) -> None:
         method(*args)
         calls.append(args)
         if len(calls) == 1:
-            raise IndexError("list index out of range")
+            raise error("list index out of range")
 
     monkeypatch.setattr(owner, name, call)
 
@@ -142,6 +142,24 @@ def test_a_load_that_fails_changes_nothing(tmp_path: Path, monkeypatch, part: st
         trainer.load(path)
     assert everything(trainer) == before
     trainer.fit(loader(), 2)
+
+
+def test_a_load_that_is_interrupted_changes_nothing(tmp_path: Path, monkeypatch) -> None:
+    trained(tmp_path)
+    trainer = small_trainer(rule="dgl")
+    fail_once(monkeypatch, trainer.network, "load_auxiliary_state_dict", KeyboardInterrupt)
+    before = everything(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.load(tmp_path)
+    assert everything(trainer) == before
+
+
+def test_the_scale_of_fp16_goes_on(tmp_path: Path) -> None:
+    first, second = trained(tmp_path, amp="fp16"), small_trainer(rule="dgl", amp="fp16")
+    second.load(tmp_path)
+    states = [trainer._local_step.scaler.state_dict() for trainer in (first, second)]
+    assert states[0] == states[1]
+    assert states[0] != small_trainer(rule="dgl", amp="fp16")._local_step.scaler.state_dict()
 
 
 def test_a_training_writes_over_its_own_checkpoints_alone(tmp_path: Path) -> None:

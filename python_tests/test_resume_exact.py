@@ -126,11 +126,12 @@ def test_what_a_callback_changes_is_in_the_checkpoint_of_its_epoch(tmp_path: Pat
     assert_equal(whole, second)
 
 
-def test_an_epoch_is_not_lost_where_its_callback_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [Crash, SystemExit])
+def test_an_epoch_is_not_lost_where_its_callback_fails(tmp_path: Path, error: type[BaseException]) -> None:
     def crash(trainer, row) -> None:
-        raise Crash
+        raise error
 
-    with pytest.raises(Crash):
+    with pytest.raises(error):
         make_trainer().fit(make_loader("global"), 2, on_epoch=crash, checkpoint_dir=tmp_path)
     resumed = make_trainer()
     resumed.load(tmp_path)
