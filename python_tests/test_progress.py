@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from manpp_kernels.local.progress import Progress
+from manpp_kernels.checkpoint import loader_generators
+from manpp_kernels.local.progress import Progress, length_of
 
 DATA = TensorDataset(torch.arange(8))
 
@@ -55,3 +56,29 @@ def test_who_gives_the_order_is_told_the_epoch(make: Callable[[], DataLoader], t
         assert len(list(progress.batches(loader))) == 2
         progress.finish_epoch({})
     assert told(loader).told == [0, 1]
+
+
+def test_where_generators_are_looked_for() -> None:
+    own = torch.Generator()
+    sampler = RandomSampler(DATA, generator=own)
+    assert loader_generators(DataLoader(DATA, 4, shuffle=True)) == []
+    for loader in (
+        DataLoader(DATA, 4, shuffle=True, generator=own),
+        DataLoader(DATA, 4, sampler=sampler),
+        DataLoader(DATA, None, sampler=sampler),  # without batches
+        batches_of(sampler),
+    ):
+        assert loader_generators(loader) == [own]
+
+
+class Endless(TensorDataset):
+    """As some of those that stream: it has the method, and no answer."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_a_length_that_nobody_knows() -> None:
+    assert length_of(DataLoader(DATA, 4)) == 2
+    for loader in (iter([]), (batch for batch in DATA), Endless(torch.arange(8))):
+        assert length_of(loader) is None

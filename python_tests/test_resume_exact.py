@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,32 @@ def test_what_cannot_go_well_shows_before_the_first_step(tmp_path: Path) -> None
     folder = tmp_path / "a" / "b"
     small_trainer(rule="dgl").fit(loader(), 1, checkpoint_dir=folder)
     assert [path.name for path in folder.iterdir()] == [CHECKPOINT_NAME]
+
+
+def test_a_folder_that_cannot_be_written_to_shows_before_the_first_step(tmp_path: Path, monkeypatch) -> None:
+    def refuse(**_) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    trainer = small_trainer(rule="dgl")
+    with pytest.raises(
+        OSError, match=r"no checkpoint can be written to .* \(Permission denied\); choose another folder"
+    ):
+        trainer.fit(loader(), 1, checkpoint_dir=tmp_path)
+    assert trainer.position == 0
+
+
+def test_a_checkpoint_saved_again_before_any_step_is_the_same(tmp_path: Path) -> None:
+    """The generators of a loader that the trainer has not seen yet are in it, too."""
+    whole, first, second, third = make_trainer(), make_trainer(), make_trainer(seed=8), make_trainer(seed=9)
+    seed_everything()
+    whole.fit(make_loader("own"), 2)
+    seed_everything()
+    first.fit(make_loader("own"), 1, checkpoint_dir=tmp_path)
+    second.load(tmp_path)
+    second.save(tmp_path / "again.pt")
+    third.fit(make_loader("own"), 2, resume=tmp_path / "again.pt")
+    assert_equal(whole, third)
 
 
 def test_an_epoch_goes_on_that_had_no_batch_at_first(tmp_path: Path) -> None:
