@@ -53,6 +53,16 @@ def test_a_frozen_unit_runs_again_where_a_gradient_passes_it() -> None:
     assert len(runs) == 3
 
 
+def test_a_unit_draws_the_same_random_numbers_the_second_time() -> None:
+    x = torch.ones(200, requires_grad=True)
+    y = Recomputed(nn.Dropout(0.5))(x)
+    after = torch.get_rng_state()
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, y)  # 2 or 0
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 @pytest.mark.parametrize("normalised", [parametrizations.spectral_norm, spectral_norm], ids=["parametrization", "hook"])
 @pytest.mark.parametrize(
     "config",
