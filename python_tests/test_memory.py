@@ -120,6 +120,18 @@ def test_a_step_leaves_nothing_alive() -> None:
         assert memory.allocator_peak is None
 
 
+def test_what_a_step_leaves_alive() -> None:
+    kept = []
+
+    def criterion(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        kept.append(logits.exp())  # in a graph that nobody goes back through
+        return F.cross_entropy(logits, targets)
+
+    trainer = LocalTrainer(CifarResNet((1, 1, 1)), TrainerConfig(rule="e2e"), example=(3, 16, 16), criterion=criterion)
+    memory = measure_step_memory(trainer, (torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])))
+    assert memory.saved_after == sum(t.untyped_storage().nbytes() for t in kept) > 0
+
+
 def test_only_one_block_is_alive_at_a_time() -> None:
     """The peak of the whole step is the largest of the blocks' peaks, each measured on its own."""
     trainer = LocalTrainer(CifarResNet((2, 2, 2)), TrainerConfig(rule="dgl"), example=(3, 16, 16))
