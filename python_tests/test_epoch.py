@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from manpp_kernels.local.epoch import EpochMeter, EpochTotals
 from manpp_kernels.trainer import LocalTrainer, StepResult, TrainerConfig
 
 
@@ -41,3 +42,25 @@ def test_times_are_of_the_steps_alone_and_the_first_is_none_of_many(
     (row,) = trainer.fit(batches, 1, checkpoint_dir=tmp_path, checkpoint_every=1)
     found = tuple(row[name] for name in ("seconds", "seconds_per_step", "images_per_second"))
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "saved", "captured"),
+    [({}, 400, 5000), ({"measure_memory": False}, 0, 0), ({"compile": "eager"}, 0, 5000)],
+    ids=["measured", "not measured", "compiled"],
+)
+def test_memory_is_that_of_the_first_step_and_of_a_captured_one(
+    config: dict[str, Any], saved: int, captured: int
+) -> None:
+    """What compiled code saves is no matter of the hooks, which it would not go through."""
+    totals = EpochTotals()
+    meter = EpochMeter(totals, TrainerConfig(**config), torch.device("cpu"), list)
+    for size in (100, 300):
+        x = torch.ones(size, requires_grad=True)
+        with meter.step():
+            x.exp().sum().backward()
+        meter.tick(0)
+    assert totals.peak_memory == saved
+    meter.tick(5000)
+    meter.tick(0)
+    assert totals.peak_memory == captured
