@@ -164,6 +164,20 @@ def test_measuring_changes_nothing() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_measuring_a_stem_that_begins_in_place() -> None:
+    class Normalise(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sub_(0.5).mul_(2 if self.training else 4)
+
+    example = torch.rand(4, 4)
+    before = example.clone()
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)]
+    for balance in ("count", "memory"):
+        parts = partition(nn.Sequential(Normalise(), *layers), 2, example=example, balance=balance)
+        assert [segment.writes_input for segment in parts.segments] == [True, False]
+    assert torch.equal(example, before)
+
+
 def test_measuring_dropouts_draws_no_random_numbers() -> None:
     units = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(3)]
     model = nn.Sequential(*units, nn.Linear(4, 2))
@@ -292,12 +306,15 @@ def test_what_only_training_mode_shows_is_not_lost() -> None:
     class Supervised(Forgotten):
         """Takes targets in training, so that there is nothing to compare with."""
 
+        error: type[Exception]
+
         def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
             if self.training and targets is None:
-                raise ValueError("targets")
+                raise self.error("targets")
             return super().forward(x)
 
-    partition(Supervised(), example=(3, 8, 8))
+    for Supervised.error in (ValueError, TypeError, AssertionError):
+        partition(Supervised(), example=(3, 8, 8))
 
     class Noisy(Forgotten):
         """Differs from one time to the next whatever the generators say."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from naive_local import batch_norm, below, cross_entropy, unit
 from naive_rules import NaiveRule, assert_steps_agree, auxiliary_sizes, conv, make_pair, small_batch, small_model
+from torch import nn
 
 from manpp_kernels.local import make_rule
 from manpp_kernels.local.decoder import Decoder
@@ -231,3 +232,27 @@ def test_inputs_that_are_no_images() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 5), torch.nn.Linear(5, 4))
     with pytest.raises(ValueError, match=r"reconstructs images \(N, C, H, W\), and the model's inputs are \(N, 6\)"):
         LocalTrainer(model, TrainerConfig(rule="infopro"), example=torch.randn(2, 6))
+
+
+class Centre(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x if self.in_place else x.clone()).sub_(0.5)
+
+
+@pytest.mark.parametrize("config", [{}, {"accumulate": 2}, {"order": "unlocked"}], ids=str)
+def test_the_images_to_rebuild_are_those_given_where_the_stem_changes_them_in_place(config: dict) -> None:
+    results = []
+    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        layers = [part for width in (3, 4, 4) for part in (nn.Conv2d(width, 4, 3, padding=1), nn.ReLU())]
+        model = nn.Sequential(Centre(in_place), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+        trainer = LocalTrainer(model, TrainerConfig(rule="infopro", blocks=3, **config), example=images)
+        given = images.clone()
+        results.append([loss for _ in range(2) for loss in trainer.step((given, torch.arange(8) % 4)).losses])
+        assert torch.equal(given, images)
+    torch.testing.assert_close(*results)

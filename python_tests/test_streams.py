@@ -234,12 +234,13 @@ def test_a_block_begins_beside_what_the_one_before_has_left_to_do(cuda: Races) -
 
 
 def test_a_block_may_change_its_features_in_place(cuda: Races) -> None:
-    """The block before still works with them, but not the same copy."""
+    """The block before still works with them, but not the same copy; nor are the images those of the caller."""
 
     def make_one() -> LocalTrainer:
         torch.manual_seed(0)
         unit = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3))
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), unit, nn.Flatten(), nn.Linear(4 * 16, 4)).double()
+        stem = [nn.ReLU(inplace=True), nn.Conv2d(3, 4, 3)]
+        model = nn.Sequential(*stem, unit, nn.Flatten(), nn.Linear(4 * 16, 4)).double()
         return LocalTrainer(model, TrainerConfig(rule="dgl", blocks=2), example=(3, 8, 8))
 
     plain, spread = make_one(), on_streams(make_one(), 2)

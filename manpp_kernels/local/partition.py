@@ -234,8 +234,8 @@ def _measure(model: nn.Module, parts: Parts, images: Tensor, by_memory: bool) ->
     segments = []
     # The parts too: an adapter may have put modules into them that the model has not.
     with evaluating(model, *(module for _, module in named), parts.head), torch.no_grad():
-        expected = model(images)
-        x = images
+        # Clones, as a stem may begin in place, and the images are the caller's.
+        expected, x = model(images.clone()), images.clone()
         for name, module in named:
             saved = _saved_bytes(module, x) if by_memory else 0
             version = x._version

@@ -86,6 +86,7 @@ class TrainingStep:
         self.optimizers = make_optimizers(optimizer, groups)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.lanes = make_lanes(network, config.streams, device, shared=shared)
+        self._begins_in_place = network.partition.segments[0].writes_input
 
     def __call__(self, images: Tensor, targets: Tensor) -> StepResult:
         """The step, of a batch on the device; it depends on tensors on the device alone, and waits for none."""
@@ -98,9 +99,10 @@ class TrainingStep:
     def _published_step(self, parts: list[Batch]) -> StepResult:
         """For each block forward, backward, EMA update; then the optimizer, once for all."""
         sums, overlapping = StepSums(parts, len(self._network)), self._network.rule.overlapping
+        xs = [self._input(images) for images, _ in parts]
         with self.lanes.step():
             for i, (images, targets) in enumerate(parts):
-                x = images
+                x = xs[i]
                 for j, block in enumerate(self._network):
                     with self.lanes.block(j):
                         x = self._forward_backward(block, x, images, targets, sums, j)
@@ -119,7 +121,7 @@ class TrainingStep:
         """All EMA updates; then for each block forward, backward, optimizer, and its gradients are gone."""
         sums = StepSums(parts, len(self._network))
         self._ema[0].update()
-        xs = [images for images, _ in parts]
+        xs = [self._input(images) for images, _ in parts]
         with self.lanes.step():
             for j, (block, optimizer) in enumerate(zip(self._network, self.optimizers, strict=True)):
                 with self.lanes.block(j):
@@ -132,6 +134,10 @@ class TrainingStep:
                     optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return sums.result()
+
+    def _input(self, images: Tensor) -> Tensor:
+        """What the first block may change; the images are the caller's, and what later blocks may compare with."""
+        return images.clone() if self._begins_in_place else images
 
     def _forward_backward(
         self, block: LocalBlock, x: Tensor, images: Tensor, targets: Tensor, sums: StepSums, j: int
