@@ -329,6 +329,12 @@ def test_it_needs_a_gpu() -> None:
 
 OPTIMIZERS = {
     "Adam": (torch.optim.Adam, "make Adam with capturable=True"),
+    "Adam, in one group": (
+        lambda p: torch.optim.Adam(
+            [{"params": p, "capturable": True}, {"params": [torch.nn.Parameter(torch.zeros(1))]}]
+        ),
+        "make Adam with capturable=True",
+    ),
     "AdamW, capturable": (functools.partial(torch.optim.AdamW, capturable=True), None),
     "Adagrad": (torch.optim.Adagrad, "Adagrad cannot"),
     "SGD": (functools.partial(torch.optim.SGD, lr=0.1), None),
