@@ -15,8 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from manpp_kernels.cli import compare, main
+from manpp_kernels.cli import compare, comparison, comparison_times, main
+from manpp_kernels.cli.logs import write_csv
 from manpp_kernels.cli.parsing import UserError
+from manpp_kernels.cli.settings import Settings
 from manpp_kernels.trainer import LocalTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +174,11 @@ class TestCommand:
             assert new["runs"] == old["runs"]
         assert "the median over epochs and seeds" in (done[1] / "comparison.md").read_text()
         assert "the median of 2 that all variants took in turns" in (out / "comparison.md").read_text()
+        # As many steps of one variant take their place among the others; another number of them does not go with those.
+        for rounds, kept in (("2", list(VARIANTS)), ("1", ["e2e"])):
+            words = ["--time", rounds, "--only", "e2e"]
+            assert main(["compare", "--config", str(path), "--out", str(out), *words]) == 0
+            assert list(json.loads((out / "step_times.json").read_text())["variants"]) == kept
 
     def test_steps_timed_otherwise_are_left_out_of_the_table(self, done: tuple[Path, Path], tmp_path: Path) -> None:
         path, out = done[0], tmp_path / "copy"
@@ -305,3 +312,24 @@ class TestPage:
         )
         for name in re.findall(r"\((figures/.*?)\)", text):
             assert (docs / name).is_file()
+
+
+def test_a_machine_of_any_run_may_be_another() -> None:
+    settings = Settings.of({"data": "digits"})
+    machine = {"device": "cpu", "cpu": "that", "threads": 1}
+    timed = {"machine": machine, "settings": {k: v for k, v in settings.content().items() if k != "seed"}}
+    assert comparison_times.unlike(timed, settings, [machine, machine]) is None
+    found = comparison_times.unlike(timed, settings, [machine, {**machine, "threads": 2}])
+    assert found == "threads 1, and its runs had 2"
+
+
+def test_the_figures_of_a_run(tmp_path: Path) -> None:
+    rows = [
+        {"epoch": i + 1, "val_acc": a, "train_acc": a, "seconds": t, "seconds_per_step": t, "peak_memory_bytes": m}
+        | {"train_loss": 1.0, "val_loss": 1.0, "memory": "measured"}
+        for i, (a, t, m) in enumerate([(0.5, 9.0, 10), (0.9, 1.0, 30), (0.7, 2.0, 20)])
+    ]
+    write_csv(rows, tmp_path / "history.csv")
+    run = comparison._run(0, {"blocks": 3, "auxiliary_parameters": 1, "ema_parameters": 2}, tmp_path)
+    names = ("accuracy", "train_accuracy", "seconds", "seconds_per_step", "peak_memory_bytes")
+    assert [run[name] for name in names] == [0.7, 0.7, 12.0, 2.0, 30]
