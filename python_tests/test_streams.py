@@ -295,6 +295,18 @@ def test_a_criterion_that_changes(cuda: Races) -> None:
     assert any(found.startswith("race: aten.lerp_") for found in cuda.found)
 
 
+def test_what_comes_after_a_step_that_failed_waits_for_it(cuda: Races) -> None:
+    trainer = on_streams(make(rule="dgl"), 3)
+    last = list(trainer.network)[-1]
+    last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError), cuda:
+        trainer.step(batches(1)[0])
+    lanes = trainer._local_step.lanes
+    assert isinstance(lanes, Streams)
+    for stream in lanes._streams:
+        assert Stream.current.clock[id(stream)] == stream.clock[id(stream)] > 0
+
+
 def test_settings() -> None:
     with pytest.raises(ValueError, match="streams has to be 1 or more, and is 0"):
         TrainerConfig(streams=0)
