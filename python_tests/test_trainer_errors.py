@@ -80,6 +80,11 @@ def test_wrong_class_counts_and_batches() -> None:
         (lambda: TrainerConfig(clip_norm="1"), TypeError, "clip_norm has to be a number, and is '1'"),  # type: ignore[arg-type]
         (lambda: TrainerConfig(label_smoothing=True), TypeError, "label_smoothing has to be a number, and is True"),
         (lambda: small_trainer().fit(loader(), "3"), TypeError, "epochs has to be a whole number, and is '3'"),  # type: ignore[arg-type]
+        (
+            lambda: small_trainer().fit(loader(), 1, checkpoint_dir="x", checkpoint_every=2.5),  # type: ignore[arg-type]
+            TypeError,
+            r"checkpoint_every has to be a whole number, and is 2\.5",
+        ),
         (lambda: small_trainer().fit(loader(), -1), ValueError, "epochs has to be 0 or more, and is -1"),
         (
             lambda: small_trainer(rule="man++", rule_options={"momentum": "0.9"}),
@@ -292,7 +297,7 @@ def test_a_checkpoint_of_another_training_is_not_written_over(tmp_path) -> None:
     loaded = small_trainer()
     loaded.load(tmp_path)
     assert len(loaded.fit(loader(), 3, checkpoint_dir=tmp_path)) == 3
-    with pytest.raises(ValueError, match="checkpoint_every has to be 1 step or more, and is 0"):
+    with pytest.raises(ValueError, match="checkpoint_every has to be 1 or more, and is 0"):
         first.fit(loader(), 4, checkpoint_dir=tmp_path, checkpoint_every=0)
 
 

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from manpp_kernels import checkpoint
 from manpp_kernels.checkpoint import CheckpointError
 from manpp_kernels.local.network import LocalNetwork
+from manpp_kernels.local.options import check_count
 from manpp_kernels.local.progress import Progress
 from manpp_kernels.local.replicas import Alone
 from manpp_kernels.local.resume_checks import check_fits, classes
@@ -131,8 +132,8 @@ class Checkpoints:
         path = Path(folder) / CHECKPOINT_NAME if folder is not None else None
         if every is not None and path is None:
             raise ValueError("checkpoint_every says how often checkpoint_dir is written to; give checkpoint_dir too")
-        if every is not None and every < 1:
-            raise ValueError(f"checkpoint_every has to be 1 step or more, and is {every}")
+        if every is not None:
+            check_count("checkpoint_every", every)
         if resume is True and path is None:
             raise ValueError("resume=True continues from checkpoint_dir; give checkpoint_dir, or the path to resume")
         source = path if resume is True else _file_of(resume) if resume else None
