@@ -211,6 +211,19 @@ class TestCommand:
         with (tmp_path / "out" / "e2e" / "seed-0" / "history.csv").open() as file:
             assert [float(row["lr"]) for row in csv.DictReader(file)] == [0.025]
 
+    def test_threads_of_a_variant_are_its_own(self, tmp_path: Path) -> None:
+        before, out = torch.get_num_threads(), tmp_path / "out"
+        variants = {"more": {"rule": "e2e", "threads": before + 1}, "usual": {"rule": "e2e"}}
+        path = config(tmp_path, common={**COMMON, "epochs": 1}, variants=variants, seeds=[0])
+        words = ["compare", "--config", str(path), "--out", str(out)]
+        assert main(words) == 0
+        assert main([*words, "--time", "1"]) == 0
+        times = json.loads((out / "step_times.json").read_text())["variants"]
+        for name, threads in (("more", before + 1), ("usual", before)):
+            summary = json.loads((out / name / "seed-0" / "summary.json").read_text())
+            assert summary["environment"]["threads"] == times[name]["machine"]["threads"] == threads
+        assert torch.get_num_threads() == before
+
     def test_folders_of_before_say_where_they_are(self, done: tuple[Path, Path], tmp_path: Path) -> None:
         """Settings once named their folder; a comparison with such runs in it is still the same one."""
         path, out = done[0], tmp_path / "copy"

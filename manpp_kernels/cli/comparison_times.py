@@ -32,7 +32,7 @@ def measure(variants: Sequence[Variant], folder: Path, rounds: int) -> None:
     """
     from manpp_kernels.cli.ranks import device_named
     from manpp_kernels.cli.summary import environment
-    from manpp_kernels.cli.training import prepared_step
+    from manpp_kernels.cli.training import on_threads, prepared_step
 
     settings = {v.name: next(iter(v.runs.values())) for v in variants}
     steps = {name: prepared_step(s) for name, s in settings.items()}
@@ -43,17 +43,16 @@ def measure(variants: Sequence[Variant], folder: Path, rounds: int) -> None:
             step()
             if number >= 0:
                 times[name].append(time.perf_counter() - begin)
-    found: dict[str, Any] = {
-        "rounds": rounds,
-        "variants": {
-            name: {
-                "seconds": float(f"{statistics.median(values):.6g}"),
-                "machine": _machine(environment(device_named(settings[name].run.device))),
-                "settings": _content(settings[name]),
-            }
-            for name, values in times.items()
-        },
-    }
+    variants_found = {}
+    for name, values in times.items():
+        with on_threads(settings[name].run.threads):
+            machine = _machine(environment(device_named(settings[name].run.device)))
+        variants_found[name] = {
+            "seconds": float(f"{statistics.median(values):.6g}"),
+            "machine": machine,
+            "settings": _content(settings[name]),
+        }
+    found: dict[str, Any] = {"rounds": rounds, "variants": variants_found}
     before = read(folder)
     if before is not None and before["rounds"] == rounds:  # of other variants, chosen by --only
         found["variants"] = {**before["variants"], **found["variants"]}

@@ -72,7 +72,7 @@ def train(
     Raises:
         UserError: the settings do not fit each other, the data or this machine.
     """
-    with joined(settings.trainer.data_parallel, settings.run.device) as ranks:
+    with on_threads(settings.run.threads), joined(settings.trainer.data_parallel, settings.run.device) as ranks:
         return _train(settings, place, display, ranks, resume, stop)
 
 
@@ -86,8 +86,6 @@ def _train(
 ) -> Result:
     run = settings.run
     display.console.quiet = not ranks.first
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
 
     def made() -> Path:
         folder = place if isinstance(place, Path) else place()
@@ -172,9 +170,7 @@ def prepared_step(settings: Settings) -> Callable[[], None]:
     """
     device = device_named(settings.run.device)
     alone = Ranks(0, 1, device)
-    if settings.run.threads is not None:
-        torch.set_num_threads(settings.run.threads)
-    with _as_user_errors():
+    with on_threads(settings.run.threads), _as_user_errors():
         data = _data(settings, alone)
         loader, _ = _loaders(settings, data, alone)
         torch.manual_seed(settings.run.seed)
@@ -182,11 +178,25 @@ def prepared_step(settings: Settings) -> Callable[[], None]:
     batch = next(iter(loader))
 
     def step() -> None:
-        trainer.step(batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        with on_threads(settings.run.threads):
+            trainer.step(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
     return step
+
+
+@contextlib.contextmanager
+def on_threads(count: int | None) -> Iterator[None]:
+    """On so many CPU threads (None: as before), and afterwards as before: those of a variant are not the next one's."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 def resume_hint(folder: Path) -> str:
