@@ -286,17 +286,25 @@ def test_a_learning_rate_that_is_a_tensor_on_the_host() -> None:
 
 
 def test_memory_that_does_not_suffice_is_no_other_error() -> None:
-    trainer = make(rule="dgl")
+    """And the training goes on from there, with a warm-up: what a capture begins, its end may leave half done."""
+    eager, trainer = make(rule="dgl"), make(rule="dgl")
     recorder = recorded(trainer)
+    assert trainer._graph is not None
 
     def refuse(call: Callable[[], Any]) -> Any:
         raise torch.OutOfMemoryError("none left")
 
-    recorder.capture = refuse  # type: ignore[method-assign]
-    for batch in batches(3):
-        trainer.step(batch)
+    capture, recorder.capture = recorder.capture, refuse  # type: ignore[method-assign]
+    step_both(eager, trainer, 3)
     with pytest.raises(torch.OutOfMemoryError, match="none left"):
         trainer.step(batches(1)[0])
+    assert trainer._graph.peak_bytes == 0
+    recorder.capture = capture  # type: ignore[method-assign]
+    step_both(eager, trainer, 3)
+    assert (recorder.runs, recorder.captures, trainer._graph.peak_bytes) == (6, 0, 0)
+    step_both(eager, trainer, 2)
+    assert (recorder.runs, recorder.captures, trainer._graph.peak_bytes) == (6, 1, recorder.peak_bytes)
+    assert_same(eager, trainer)
 
 
 def test_a_step_that_cannot_be_captured_says_so_and_leaves_the_trainer_whole() -> None:
