@@ -100,16 +100,9 @@ def ema_multi_avg_fn(
         TypeError: decay is not a number.
         ValueError: decay outside [0, 1] or NaN; an unknown rounding.
     """
-    _check_decay("decay", decay)
+    _checks.check_fraction("decay", decay)
     _checks.check_rounding(rounding)
     return functools.partial(_average, decay=float(decay), rounding=rounding)
-
-
-def _check_decay(name: str, decay: float) -> None:
-    if isinstance(decay, bool) or not isinstance(decay, int | float):
-        raise TypeError(f"{name} has to be a float, and is {type(decay).__name__}")
-    if not 0.0 <= decay <= 1.0:  # False for NaN too
-        raise ValueError(f"{name} has to lie in [0, 1], and is {decay}")
 
 
 # -------------------------------------------------------------------------------------------------------- ModelEma
@@ -240,8 +233,8 @@ class ModelEma(nn.Module):
         rounding: Rounding | None = None,
     ) -> None:
         super().__init__()
-        _check_decay("decay", decay)
-        _check_decay("min_decay", min_decay)
+        _checks.check_fraction("decay", decay)
+        _checks.check_fraction("min_decay", min_decay)
         if rounding is not None:
             _checks.check_rounding(rounding)
         self.module = copy.deepcopy(model)

@@ -7,6 +7,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Target
@@ -14,7 +15,7 @@ from ema_models import Net, assert_same, change, side_by_side
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from manpp_kernels import ModelEma
+from manpp_kernels import EmaPlan, ModelEma, ema_scale_update
 
 
 def test_the_interface_is_timms() -> None:
@@ -273,5 +274,19 @@ def test_complex_parameters(target: Target, exclude_buffers: bool) -> None:
 def test_a_decay_that_cannot_be_is_refused_at_once(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} has to lie in \[0, 1\], and is 2\.0"):
         ModelEma(nn.Linear(2, 2), **{name: 2.0})
-    with pytest.raises(TypeError, match=f"{name} has to be a float, and is str"):
+    with pytest.raises(TypeError, match=f"{name} has to be a number, and is '0.9'"):
         ModelEma(nn.Linear(2, 2), **{name: "0.9"})
+
+
+def test_numbers_of_numpy() -> None:
+    """A schedule that is computed with NumPy gives such."""
+    half = np.float32(0.5)
+    ema, params = [torch.zeros(3)], [torch.ones(3)]
+    ema_scale_update(ema, params, half)
+    EmaPlan(ema, params).update(half)
+    assert ema[0].tolist() == [0.75] * 3
+    model, moved = nn.Linear(3, 3), nn.Linear(3, 3)
+    averages = [ModelEma(model, decay=decay, min_decay=decay) for decay in (0.5, half)]
+    for average in averages:
+        average.update(moved)
+    assert_same(*averages)

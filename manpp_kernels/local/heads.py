@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,6 @@ def _linear_layers(in_features: int, features: int, count: int) -> list[nn.Modul
 
 
 Width = Literal["narrow", "wide", "linear"]
-WIDTHS = get_args(Width)
 
 
 def _narrow(channels: int, side: int, num_classes: int) -> list[nn.Module]:
@@ -158,8 +157,8 @@ def dgl_head(features: Size, num_classes: int, width: Width) -> nn.Sequential:
     Raises:
         ValueError: the width is unknown, or the features have not 2 to 4 dimensions.
     """
-    if width not in WIDTHS:
-        raise ValueError(f"the width of the DGL head has to be one of {', '.join(WIDTHS)}, and is {width!r}")
+    if width not in _LAYERS:
+        raise ValueError(f"the width of the DGL head has to be one of {', '.join(_LAYERS)}, and is {width!r}")
     require("the DGL head", features)
     if len(features) == 3:
         return linear_head(features, num_classes)

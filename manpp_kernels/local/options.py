@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import typing
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
+
+from manpp_kernels.ops._checks import check_fraction, check_number
+
+__all__ = ["check_choices", "check_count", "check_fraction", "check_positive", "check_weight"]
 
 
 def check_choices(options: Any) -> None:
@@ -48,16 +52,9 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} has to be {least} or more, and is {value}")
 
 
-def check_fraction(name: str, value: Any) -> None:
-    """Raise where it is no number in [0, 1]."""
-    _check_number(name, value)
-    if not 0.0 <= value <= 1.0:  # False for NaN too
-        raise ValueError(f"{name} has to lie in [0, 1], and is {value}")
-
-
 def check_weight(name: str, value: Any) -> None:
     """Raise where it is no finite number from 0 on."""
-    _check_number(name, value)
+    check_number(name, value)
     if not value >= 0:  # nor NaN
         raise ValueError(f"{name} has to be 0 or more, and is {value}")
     _check_finite(name, value)
@@ -65,7 +62,7 @@ def check_weight(name: str, value: Any) -> None:
 
 def check_positive(name: str, value: Any) -> None:
     """Raise where it is no finite number above 0."""
-    _check_number(name, value)
+    check_number(name, value)
     if not value > 0:  # nor NaN
         raise ValueError(f"{name} has to be positive, and is {value}")
     _check_finite(name, value)
@@ -74,8 +71,3 @@ def check_positive(name: str, value: Any) -> None:
 def _check_finite(name: str, value: Any) -> None:
     if not math.isfinite(value):
         raise ValueError(f"{name} has to be finite, and is {value}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} has to be a number, and is {value!r}")

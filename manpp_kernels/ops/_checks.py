@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -68,6 +69,25 @@ def check_tensors(name: str, tensors: Sequence[Tensor], like: Sequence[Tensor] |
                 raise ValueError(f"{name}[{i}] is on {t.device}, ema[{i}] on {like[i].device}")
 
 
+def _is_number(value: Any) -> bool:
+    """NumPy's are, truth values are not."""
+    # Most are of the one class: asking an abstract one takes as long as the update of a few small tensors.
+    return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise where it is no number."""
+    if not _is_number(value):
+        raise TypeError(f"{name} has to be a number, and is {value!r}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raise where it is no number in [0, 1]."""
+    check_number(name, value)
+    if not 0.0 <= value <= 1.0:  # False for NaN too
+        raise ValueError(f"{name} has to lie in [0, 1], and is {value}")
+
+
 def check_momentum(momentum: float | Tensor, device: torch.device) -> None:
     """A number in [0, 1], or a 0-dim floating tensor on ``device`` (whose value stays on the device, unread)."""
     if isinstance(momentum, Tensor):
@@ -76,10 +96,10 @@ def check_momentum(momentum: float | Tensor, device: torch.device) -> None:
         check_tensor("momentum", momentum)
         if momentum.device != device:
             raise ValueError(f"momentum is on {momentum.device}, ema on {device}; pass a float or move it")
-    elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
+    elif not _is_number(momentum):
         raise TypeError(f"momentum has to be a float or a 0-dim tensor, and is {type(momentum).__name__}")
-    elif not 0.0 <= momentum <= 1.0:  # False for NaN too
-        raise ValueError(f"momentum has to lie in [0, 1], and is {momentum}")
+    else:
+        check_fraction("momentum", momentum)
 
 
 def check_rounding(rounding: str) -> None:
