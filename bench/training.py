@@ -24,9 +24,9 @@ from eager_man_pp import EagerManPlusPlus
 from torch import Tensor, nn
 
 from manpp_kernels.local import SavedTensorMeter
-from manpp_kernels.local.graphs import StepGraph
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+from manpp_kernels.training.graphs import StepGraph
 
 CLASSES = 10
 IMAGE = (3, 16, 16) if QUICK else (3, 32, 32)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from manpp_kernels.local.config import TrainerConfig
+from manpp_kernels.training.config import TrainerConfig
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels import checkpoint
-from manpp_kernels.local.compiled import compile_blocks
-from manpp_kernels.local.config import OptimizerFactory, SchedulerFactory, TrainerConfig, make_schedulers
-from manpp_kernels.local.epoch import (
+from manpp_kernels.local.network import LocalNetwork
+from manpp_kernels.local.options import check_count
+from manpp_kernels.local.partition import evaluating, partition
+from manpp_kernels.local.parts import take_apart
+from manpp_kernels.local.recompute import make_capturable
+from manpp_kernels.local.rules import make_rule
+from manpp_kernels.local.targets import Criterion, Targets
+from manpp_kernels.training.compiled import compile_blocks
+from manpp_kernels.training.config import OptimizerFactory, SchedulerFactory, TrainerConfig, make_schedulers
+from manpp_kernels.training.epoch import (
     EpochMeter,
     EpochTotals,
     check_trained,
@@ -30,19 +37,12 @@ from manpp_kernels.local.epoch import (
     history_row,
     step_schedulers,
 )
-from manpp_kernels.local.graphs import StepGraph, check_device, make_step_graph
-from manpp_kernels.local.network import LocalNetwork
-from manpp_kernels.local.options import check_count
-from manpp_kernels.local.partition import evaluating, partition
-from manpp_kernels.local.parts import take_apart
-from manpp_kernels.local.progress import Progress, length_of
-from manpp_kernels.local.recompute import make_capturable
-from manpp_kernels.local.replicas import Alone, Replicas
-from manpp_kernels.local.resume import CHECKPOINT_NAME, Checkpoints, TrainingState
-from manpp_kernels.local.resume_settings import optimizer_settings, settings_of
-from manpp_kernels.local.rules import make_rule
-from manpp_kernels.local.step import Batch, StepResult, TrainingStep, autocast, check_batch, check_loss, check_pair
-from manpp_kernels.local.targets import Criterion, Targets
+from manpp_kernels.training.graphs import StepGraph, check_device, make_step_graph
+from manpp_kernels.training.progress import Progress, length_of
+from manpp_kernels.training.replicas import Alone, Replicas
+from manpp_kernels.training.resume import CHECKPOINT_NAME, Checkpoints, TrainingState
+from manpp_kernels.training.resume_settings import optimizer_settings, settings_of
+from manpp_kernels.training.step import Batch, StepResult, TrainingStep, autocast, check_batch, check_loss, check_pair
 
 __all__ = ["CHECKPOINT_NAME", "LocalTrainer", "StepResult", "TrainerConfig"]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from manpp_kernels.local.epoch import EpochMeter, EpochTotals
 from manpp_kernels.trainer import LocalTrainer, StepResult, TrainerConfig
+from manpp_kernels.training.epoch import EpochMeter, EpochTotals
 
 
 @pytest.mark.parametrize(

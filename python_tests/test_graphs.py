@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from manpp_kernels.local.graphs import StepGraph
 from manpp_kernels.local.recompute import Recomputed, make_capturable
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+from manpp_kernels.training.graphs import StepGraph
 
 CASES = {
     "e2e": {"rule": "e2e"},
@@ -351,7 +351,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_that_can_be_captured(name: str) -> None:
-    from manpp_kernels.local.graphs import check_capturable
+    from manpp_kernels.training.graphs import check_capturable
 
     factory, message = OPTIMIZERS[name]
     optimizer = factory([torch.nn.Parameter(torch.zeros(1))])

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from manpp_kernels.checkpoint import loader_generators
-from manpp_kernels.local.progress import Progress, length_of
+from manpp_kernels.training.progress import Progress, length_of
 
 DATA = TensorDataset(torch.arange(8))
 

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from manpp_kernels import use_backend
 from manpp_kernels.cli.parsing import UserError
 from manpp_kernels.cli.settings import Settings
-from manpp_kernels.local.streams import Streams
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+from manpp_kernels.training.streams import Streams
 
 CASES: dict[str, dict[str, Any]] = {
     "dgl": {"rule": "dgl"},

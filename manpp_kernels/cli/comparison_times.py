@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manpp_kernels.checkpoint import atomic_path
-from manpp_kernels.local.graphs import StepGraph
+from manpp_kernels.training.graphs import StepGraph
 
 if TYPE_CHECKING:
     from manpp_kernels.cli.compare import Variant

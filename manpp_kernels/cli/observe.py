@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from manpp_kernels.cli.logs import read_csv, write_csv
 from manpp_kernels.local.auxiliary import EmaTransform
 from manpp_kernels.local.memory import SavedTensorMeter
-from manpp_kernels.local.step import StepResult
 from manpp_kernels.local.targets import Criterion, answers
 from manpp_kernels.trainer import LocalTrainer
+from manpp_kernels.training.step import StepResult
 
 BLOCKS_NAME = "blocks.csv"
 # The columns that are scalars for TensorBoard, which has the losses in any case.

@@ -11,7 +11,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from manpp_kernels.cli.parsing import UserError, did_you_mean
-from manpp_kernels.local.config import TrainerConfig
+from manpp_kernels.training.config import TrainerConfig
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]

@@ -111,8 +111,8 @@ def take_apart(model: nn.Module) -> Parts:
 # The adapters for the models of a library are imported once a model of it comes along: the library itself then has
 # been, and who has none of it needs none.
 _LIBRARIES = {
-    "timm": "manpp_kernels.local.timm_models",
-    "torchvision": "manpp_kernels.local.torchvision_models",
+    "timm": "manpp_kernels.local.adapters.timm",
+    "torchvision": "manpp_kernels.local.adapters.torchvision",
 }
 
 

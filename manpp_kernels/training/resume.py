@@ -17,10 +17,10 @@ from manpp_kernels import checkpoint
 from manpp_kernels.checkpoint import CheckpointError
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.options import check_count
-from manpp_kernels.local.progress import Progress
-from manpp_kernels.local.replicas import Alone
-from manpp_kernels.local.resume_checks import check_fits, classes
-from manpp_kernels.local.resume_settings import Settings, check_schedule, differences, optimizer_settings
+from manpp_kernels.training.progress import Progress
+from manpp_kernels.training.replicas import Alone
+from manpp_kernels.training.resume_checks import check_fits, classes
+from manpp_kernels.training.resume_settings import Settings, check_schedule, differences, optimizer_settings
 
 CHECKPOINT_NAME = "checkpoint.pt"
 # What every rank has its own of: the sums of the epoch so far, and random numbers.

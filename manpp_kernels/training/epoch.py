@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from manpp_kernels.local.config import TrainerConfig
 from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.local.targets import Answers
+from manpp_kernels.training.config import TrainerConfig
 
 
 @dataclass

@@ -17,9 +17,9 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import Tensor, nn
 
+from manpp_kernels.local.adapters.torchvision import init_convnext_block
 from manpp_kernels.local.parts import Parts, adapt, reset_parameters, staged_units
 from manpp_kernels.local.recompute import Recomputed
-from manpp_kernels.local.torchvision_models import init_convnext_block
 from manpp_kernels.models import cifar_resnet
 
 

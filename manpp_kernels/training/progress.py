@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from manpp_kernels import checkpoint
 from manpp_kernels.checkpoint import CheckpointError
-from manpp_kernels.local.epoch import EpochTotals
+from manpp_kernels.training.epoch import EpochTotals
 
 
 class Progress:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.local.step import StepResult
+from manpp_kernels.training.step import StepResult
 
 Compute = Callable[[Tensor, Tensor], StepResult]
 

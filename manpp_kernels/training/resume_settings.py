@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels.checkpoint import CheckpointError, plain_numbers
-from manpp_kernels.local.config import TrainerConfig
 from manpp_kernels.local.targets import Criterion
+from manpp_kernels.training.config import TrainerConfig
 
 # By where they come from on resuming: "loaded" with the states of optimizers and schedulers, or "given" to the new
 # trainer; "schedule" has to be the same. As text, as they are to be compared and shown.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels.local.block import LocalBlock
-from manpp_kernels.local.config import AMP_DTYPES, OptimizerFactory, TrainerConfig, make_optimizers
 from manpp_kernels.local.network import LocalNetwork
-from manpp_kernels.local.replicas import Alone
-from manpp_kernels.local.streams import make_lanes
 from manpp_kernels.local.targets import BatchError
+from manpp_kernels.training.config import AMP_DTYPES, OptimizerFactory, TrainerConfig, make_optimizers
+from manpp_kernels.training.replicas import Alone
+from manpp_kernels.training.streams import make_lanes
 
 Batch = tuple[Tensor, Tensor]
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from manpp_kernels.local.epoch import EpochTotals
+from manpp_kernels.training.epoch import EpochTotals
 
 
 class Alone:
