@@ -282,6 +282,9 @@ README_STEPS = {
         "captured: DGL, 4 blocks": "dgl, narrow head, 4 blocks, CUDA graph",
         "captured: DGL, 4 blocks, recomputed": "dgl, narrow head, 4 blocks, checkpointed, CUDA graph",
         "captured: DGL, 4 blocks, compiled, 2 streams": "dgl, narrow head, 4 blocks, compiled, CUDA graph, 2 streams",
+        "captured: DGL, 4 blocks, recomputed, compiled": (
+            "dgl, narrow head, 4 blocks, checkpointed, compiled, CUDA graph"
+        ),
         "captured: MAN++ as published": "MAN++ activation form, CUDA graph",
         "captured: MAN++, parameter form, unlocked": "MAN++ parameter form, unlocked, CUDA graph",
     },

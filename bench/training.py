@@ -92,11 +92,16 @@ CAPTURED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     E2E: ((1,), {"rule": "e2e"}),
     "e2e, checkpointed": ((1,), {"rule": "e2e", "recompute": True}),
     "e2e, compiled": ((1,), {"rule": "e2e", "compile": "inductor"}),
+    "e2e, checkpointed, compiled": ((1,), {"rule": "e2e", "recompute": True, "compile": "inductor"}),
     "dgl, wide head": ((1, 4), {"rule": "dgl", "rule_options": WIDE}),
     "dgl, narrow head": ((1, 2, 3, 4, 8), {"rule": "dgl", "rule_options": NARROW}),
     "dgl, narrow head, 4 blocks": ((1, 2, 4), {"rule": "dgl", **FOUR}),
     "dgl, narrow head, 4 blocks, checkpointed": ((1, 2), {"rule": "dgl", "recompute": True, **FOUR}),
     "dgl, narrow head, 4 blocks, compiled": ((1, 2, 4), {"rule": "dgl", "compile": "inductor", **FOUR}),
+    "dgl, narrow head, 4 blocks, checkpointed, compiled": (
+        (1, 2),
+        {"rule": "dgl", "recompute": True, "compile": "inductor", **FOUR},
+    ),
     "dgl, narrow head, compiled": ((1, 3), {"rule": "dgl", "compile": "inductor", "rule_options": NARROW}),
     "MAN++ activation form": ((1, 4), {"rule": "man++", "rule_options": {"form": "activation"}}),
     "MAN++ parameter form, unlocked": (

@@ -103,8 +103,6 @@ class LocalTrainer:
         self.model = model.to(self.device)
         blocks = rule.default_blocks(1 + len(take_apart(model).units)) if config.blocks is None else config.blocks
         parts = partition(model, blocks, example=example, balance=config.balance, recompute=config.recompute)
-        if parts.parts.recomputed and config.compile is not None:
-            raise ValueError("units that are recomputed (activation checkpointing) do not go with compile")
         self._targets = Targets(criterion, config.label_smoothing, self.device)
         # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
         self.network = LocalNetwork(parts, rule, self._targets.criterion, num_classes).to(memory_format=self._layout)

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from manpp_kernels.local import rule_names
+from manpp_kernels.local import SavedTensorMeter, rule_names
+from manpp_kernels.local.recompute import Recomputed
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -73,6 +75,68 @@ def test_the_same_values_in_whole_graphs(rule: str, settings: dict[str, Any]) ->
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"], counters["graph_break"]
     assert counters["stats"]["unique_graphs"] >= 2 * len(compiled.network) - 1
+
+
+RECOMPUTED: list[dict[str, Any]] = [
+    {"rule": "e2e"},
+    {"rule": "dgl", "blocks": 2, "accumulate": 2},
+    {"rule": "man++", "blocks": 2, **UNLOCKED},
+]
+
+
+@pytest.mark.parametrize("settings", RECOMPUTED, ids=str)
+def test_recomputed_units_keep_less_and_give_the_same(settings: dict[str, Any]) -> None:
+    peaks, results = [], []
+    for recompute, backend in ((False, None), (False, "aot_eager"), (True, "aot_eager")):
+        trainer = small_trainer(compile=backend, recompute=recompute, **copy.deepcopy(settings))
+        data = images(8)
+        trainer.step(data)
+        with SavedTensorMeter(trainer.persistent_tensors()) as meter:
+            losses = trainer.step(data).losses
+        peaks.append(meter.peak_bytes)
+        results.append((losses, list(trainer.network.state_dict().values())))  # the wrapper is in the names
+    assert peaks[2] < peaks[1]
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0], rtol=1e-3, atol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_recomputed_units_draw_the_same_random_numbers(backend: str) -> None:
+    x = torch.ones(200, requires_grad=True)
+    y = torch.compile(Recomputed(nn.Dropout(0.5)), backend=backend, fullgraph=True)(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, y)  # 2 or 0
+    assert 0 < y.count_nonzero() < y.numel()
+
+
+class Breaking(nn.Sequential):
+    """What no compiler takes in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+def test_a_recomputed_unit_that_cannot_be_compiled_whole_is_an_error() -> None:
+    """Run as it is, it would count every batch twice."""
+    model = nn.Sequential(nn.Linear(8, 8), Breaking(nn.Linear(8, 8), nn.BatchNorm1d(8)), nn.Linear(8, 4))
+    batch = torch.rand(8, 8), torch.arange(8) % 4
+    for recompute in (False, True):
+        trainer = LocalTrainer(model, TrainerConfig(rule="e2e", recompute=recompute, compile="aot_eager"), example=(8,))
+        if recompute:
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                trainer.step(batch)
+        else:
+            trainer.step(batch)
+
+
+def test_a_power_iteration_is_not_compiled_and_recomputed() -> None:
+    layers = [parametrizations.spectral_norm(nn.Linear(8, 8)) for _ in range(3)]
+    config = TrainerConfig(rule="e2e", recompute=True, compile="aot_eager")
+    with pytest.raises(ValueError, match="without spectral normalisation, and the model has some"):
+        LocalTrainer(nn.Sequential(*layers, nn.Linear(8, 4)), config, example=(8,))
 
 
 def test_every_block_is_compiled_and_for_its_own_sizes() -> None:

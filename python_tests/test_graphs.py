@@ -31,6 +31,7 @@ CASES = {
     "accumulated, clipped": {"rule": "man++", "accumulate": 2, "clip_norm": 0.5},
     "recomputed": {"rule": "e2e", "recompute": True},
     "blocks recomputed": {"rule": "man++", "blocks": 2, "recompute": True},
+    "recomputed, compiled": {"rule": "dgl", "blocks": 2, "recompute": True, "compile": "aot_eager"},
 }
 
 

@@ -32,7 +32,8 @@ from manpp_kernels.trainer import LocalTrainer, TrainerConfig
         ({"label_smoothing": -0.1}, "label_smoothing has to lie in"),
         ({"blocks": 9}, "blocks is 9, and CifarResNet can be divided into 1 to 4"),
         ({"rule": "e2e", "blocks": 2}, "end-to-end training has 1 block"),
-        ({"recompute": True, "compile": "eager"}, "recomputed .* do not go with compile"),
+        ({"recompute": True, "compile": "eager"}, "recomputed .* can be compiled by inductor .*, not by 'eager'"),
+        ({"recompute": True, "compile": "inductor", "rule": "mlaan"}, "do not overlap, and those of rule='mlaan' do"),
     ],
 )
 def test_wrong_configurations(config: dict, message: str) -> None:

@@ -22,6 +22,7 @@ class Recomputed(nn.Module):
     iteration the second time where they began it the first; and random numbers are the same.
 
     Attributes:
+        iterates: whether a forward pass of the unit moves vectors of a power iteration, of spectral normalisations.
         capturable: whether it may run inside a CUDA graph, which has no state of random numbers to go back to. A unit
             that draws some then raises RuntimeError in the steps before the capture.
     """
@@ -33,12 +34,18 @@ class Recomputed(nn.Module):
         self.unit = unit
         self._norms = [m for m in unit.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self._vectors = list(_power_iteration_vectors(unit))
+        self.iterates = bool(self._vectors)
 
     def forward(self, x: Tensor) -> Tensor:
         # A unit with nothing to train, behind nothing to train, has no backward pass: it keeps nothing as it is.
         wanted = x.requires_grad or any(p.requires_grad for p in self.unit.parameters())
         if not (wanted and torch.is_grad_enabled()):
             return self.unit(x)  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            # The form that the compiler takes in. AOTAutograd makes the running statistics that a unit writes a result
+            # of the forward pass, so that the backward pass does not write them again; random numbers are the same.
+            compiled: Tensor = checkpoint(self.unit, x, use_reentrant=False)
+            return compiled
         # The reentrant form runs the unit once more by ordinary autograd, so that a meter of saved tensors sees what it
         # keeps. It asks for an input that requires grad, which that of a block's first unit does not.
         wants_grad = torch.empty(0, device=x.device, requires_grad=True)

@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 from manpp_kernels.local.network import LocalNetwork
+from manpp_kernels.local.recompute import Recomputed
 
 _networks = itertools.count()
+
+# Backends that see a recomputed unit through AOTAutograd, which has it write its running statistics once. Others run
+# its graph a second time as it is.
+_RECOMPUTING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 
 
 def compile_blocks(network: LocalNetwork, backend: str, *, dynamic: bool | None) -> None:
@@ -24,7 +29,11 @@ def compile_blocks(network: LocalNetwork, backend: str, *, dynamic: bool | None)
         network: whose blocks keep their modules, names and state.
         backend: of ``torch.compile``.
         dynamic: False compiles for every size anew, None for any size once a second one has come.
+
+    Raises:
+        ValueError: units that are recomputed would, compiled, not be computed as they are.
     """
+    _check_recomputed(network, backend)
     number = next(_networks)
     for index, block in enumerate(network):
         for kind, module in (("body", block.body), ("auxiliary", block.auxiliary)):
@@ -33,6 +42,25 @@ def compile_blocks(network: LocalNetwork, backend: str, *, dynamic: bool | None)
                 # which type checkers refuse for a method.
                 compiled = _CompiledForward(module, f"{kind}_{number}_{index}", backend, dynamic)
                 setattr(module, "forward", compiled)  # noqa: B010
+
+
+def _recomputed(module: nn.Module) -> list[Recomputed]:
+    return [m for m in module.modules() if isinstance(m, Recomputed)]
+
+
+def _check_recomputed(network: LocalNetwork, backend: str) -> None:
+    units = _recomputed(network)
+    if not units:
+        return
+    if backend not in _RECOMPUTING:
+        problem = f"by {' or '.join(_RECOMPUTING)} alone, not by {backend!r}"
+    elif network.rule.overlapping:  # the second run of a unit writes running statistics that the first still needs
+        problem = f"where blocks do not overlap, and those of rule={network.rule.name!r} do"
+    elif any(unit.iterates for unit in units):  # PyTorch's compiler does not take it in there
+        problem = "without spectral normalisation, and the model has some"
+    else:
+        return
+    raise ValueError(f"units that are recomputed (activation checkpointing) can be compiled {problem}")
 
 
 class _CompiledForward:
@@ -52,7 +80,9 @@ class _CompiledForward:
 
         own = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
         self._module = module
-        self._compiled = torch.compile(own, backend=backend, dynamic=dynamic)
+        # Where a graph breaks inside a unit that is recomputed, the unit would run as it is, and write its running
+        # statistics twice: an error then.
+        self._compiled = torch.compile(own, backend=backend, dynamic=dynamic, fullgraph=bool(_recomputed(module)))
 
     def __call__(self, *args: Any) -> Any:
         return self._compiled(*args)

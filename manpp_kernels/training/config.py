@@ -41,8 +41,10 @@ class TrainerConfig:
         channels_last: keep the model and the images in the channels-last memory format. (On a CPU with one thread,
             strided 1x1 convolutions of PyTorch 2.14 corrupt memory in it where they take fewer than 8 channels.)
         recompute: run the units of a block once more in its backward pass, in place of keeping their activations until
-            then: less memory, most so where a block has many units, and more time (activation checkpointing). Not with
-            ``compile``; and with ``cuda_graphs`` for units alone that draw no random numbers (dropout).
+            then: less memory, most so where a block has many units, and more time (activation checkpointing). With
+            ``cuda_graphs`` for units alone that draw no random numbers (dropout); with ``compile`` by the backends
+            ``"inductor"`` and ``"aot_eager"``, for blocks that do not overlap (as those of ``mlaan`` and ``lookahead``
+            do) and units without spectral normalisation.
         compile: the ``torch.compile`` backend for the blocks, such as ``"inductor"``; None for none. The body and the
             auxiliary network of each are compiled on their own, in the first step.
         cuda_graphs: capture a step in a CUDA graph after the first few, and replay it: on a GPU small blocks otherwise
