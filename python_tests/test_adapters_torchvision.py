@@ -116,12 +116,19 @@ def test_a_fresh_copy_of_a_unit_is_drawn_as_torchvision_draws_it(name: str) -> N
     parts = adapt(MODELS[name][0]())
     unit = max(parts.units.values(), key=lambda u: max(p.numel() for p in u.parameters()))
     fresh = copy.deepcopy(unit)
+    with torch.no_grad():  # what is not drawn anew then differs
+        for key, p in fresh.named_parameters():
+            if "layer_scale" not in key:  # which stays as it is
+                p.fill_(7.0)
     parts.init(fresh)
-    theirs = unit.state_dict()
-    key = max(theirs, key=lambda k: theirs[k].numel())
-    ours = fresh.state_dict()
-    assert not torch.equal(ours[key], theirs[key])
-    assert ours[key].std().item() == pytest.approx(theirs[key].std().item(), rel=0.15)
-    for key, value in theirs.items():
-        if value.dim() == 1 and value.is_floating_point() and "bias" not in key:  # norms, and layer scales
-            assert torch.equal(ours[key], value), key
+    for key, theirs in unit.named_parameters():
+        ours = fresh.get_parameter(key)
+        if torch.all(theirs == theirs.flatten()[0]):
+            assert torch.equal(ours, theirs), key
+        else:
+            assert not torch.equal(ours, theirs), key
+            assert ours.abs().max() < 7, key
+            if theirs.numel() >= 64:  # so many have a standard deviation within a multiple of this share
+                share, std = theirs.numel() ** -0.5, theirs.std().item()
+                assert ours.std().item() == pytest.approx(std, rel=6 * share), key
+                assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=8 * share * std), key

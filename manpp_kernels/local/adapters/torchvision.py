@@ -138,7 +138,15 @@ def _(model: VGG | AlexNet) -> Parts:
 def _(model: RegNet) -> Parts:
     stages = {f"trunk_output.{name}": stage for name, stage in model.trunk_output.named_children()}
     units = {f"{name}.{block}": unit for name, stage in stages.items() for block, unit in stage.named_children()}
-    return Parts(model.stem, units, nn.Sequential(model.avgpool, nn.Flatten(), model.fc), cifar_resnet.init_weights)
+    return Parts(model.stem, units, nn.Sequential(model.avgpool, nn.Flatten(), model.fc), init_regnet_block)
+
+
+def init_regnet_block(unit: nn.Module) -> None:
+    """As torchvision initialises one: He-normal convolutions (fan out), whose biases are PyTorch's."""
+    reset_parameters(unit)
+    for m in unit.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
 
 @adapt.register
