@@ -1,4 +1,4 @@
-"""How the models of a library come apart into stem, units and head; a module a library.
+"""How the models of a library come apart into stem, units and head; a module a library, or two.
 
-Each is imported once a model of its library comes along (:mod:`manpp_kernels.local.parts`).
+They are imported once a model of their library comes along (:mod:`manpp_kernels.local.parts`).
 """
