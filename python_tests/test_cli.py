@@ -190,7 +190,7 @@ class TestErrors:
             ),
             ("train --data cifar10 --data-root nowhere", "cifar10 is not in nowhere"),
             ("train --model resnet33", r"no model 'resnet33' \(did you mean"),
-            ("train --model swin_t", "no adapter for SwinTransformer"),
+            ("train --model timm/coat_tiny", "no adapter for CoaT"),  # whose blocks run beside each other
             ("train --rule mann", "there is no rule 'mann'; there are"),
             ("train --rule e2e --form parameter", "the rule 'e2e' has no option 'form'"),
             ("train --blocks 99", "can be divided into 1 to 16 local blocks"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -119,6 +119,25 @@ _LIBRARIES = {
 def staged_units(model: nn.Module, stages: Sequence[str]) -> dict[str, nn.Module]:
     """The children of each stage, by their names in the model's ``state_dict``."""
     return {f"{stage}.{name}": unit for stage in stages for name, unit in getattr(model, stage).named_children()}
+
+
+def joined_units(row: Iterable[tuple[str | None, nn.Module]]) -> tuple[nn.Sequential, dict[str, nn.Module]]:
+    """The stem and the units of a row of modules, in which only units have a name.
+
+    What stands between two units, as down-sampling, joins the unit after it, whose name the two have. What comes before
+    the first unit is the stem; what comes behind the last is the head's, and left out.
+    """
+    stem, units = nn.Sequential(), dict[str, nn.Module]()
+    before: list[nn.Module] = []
+    for name, module in row:
+        if name is None:
+            before.append(module)
+            continue
+        if not units:
+            stem, before = nn.Sequential(*before), []
+        units[name] = nn.Sequential(*before, module) if before else module
+        before = []
+    return stem, units
 
 
 @adapt.register

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import (
     VGG,
     AlexNet,
     ConvNeXt,
     DenseNet,
     EfficientNet,
+    GoogLeNet,
+    Inception3,
+    MNASNet,
     MobileNetV2,
     MobileNetV3,
     RegNet,
     ResNet,
+    ShuffleNetV2,
+    SqueezeNet,
 )
+from torchvision.models.squeezenet import Fire
 
 from manpp_kernels.local.adapters import torchvision_transformers  # noqa: F401  (to be registered)
-from manpp_kernels.local.parts import Parts, adapt, layer_groups, reset_parameters, staged_units
+from manpp_kernels.local.parts import Parts, adapt, joined_units, layer_groups, reset_parameters, staged_units
 from manpp_kernels.models import cifar_resnet
 
 
@@ -48,16 +56,13 @@ def _(model: MobileNetV2 | MobileNetV3 | EfficientNet) -> Parts:
 
 @adapt.register
 def _(model: ConvNeXt) -> Parts:
-    (_, stem), *others = model.features.named_children()
-    units: dict[str, nn.Module] = {}
-    downsample: list[nn.Module] = []  # belongs to the first block after it, whose name the two have
-    for name, child in others:
-        if not isinstance(child[0], nn.LayerNorm):
-            for block, unit in child.named_children():
-                units[f"features.{name}.{block}"] = nn.Sequential(*downsample, unit) if downsample else unit
-                downsample = []
+    row: list[tuple[str | None, nn.Module]] = []
+    for name, child in model.features.named_children():
+        if name == "0" or isinstance(child[0], nn.LayerNorm):  # the stem, and down-sampling
+            row.append((None, child))
         else:
-            downsample = [child]
+            row += [(f"features.{name}.{block}", unit) for block, unit in child.named_children()]
+    stem, units = joined_units(row)
     return Parts(stem, units, nn.Sequential(model.avgpool, model.classifier), init_convnext_block)
 
 
@@ -122,3 +127,79 @@ def init_dense_block(unit: nn.Module) -> None:
     for m in unit.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight)
+
+
+@adapt.register
+def _(model: ShuffleNetV2) -> Parts:
+    return Parts(
+        nn.Sequential(*model.conv1, model.maxpool),
+        staged_units(model, ["stage2", "stage3", "stage4"]),
+        nn.Sequential(model.conv5, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.fc),
+    )
+
+
+@adapt.register
+def _(model: MNASNet) -> Parts:
+    """Inverted residual blocks, in stacks between eight layers and three, which are stem and head."""
+    first, last = 8, len(model.layers) - 3
+    stacks = {f"layers.{i}": model.layers[i] for i in range(first, last)}
+    return Parts(
+        model.layers[:first],
+        {f"{name}.{block}": unit for name, stack in stacks.items() for block, unit in stack.named_children()},
+        nn.Sequential(*model.layers[last:], nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.classifier),
+        cifar_resnet.init_weights,
+    )
+
+
+@adapt.register
+def _(model: SqueezeNet) -> Parts:
+    """Fire modules, each with the pooling before it."""
+    row = [(f"features.{i}" if isinstance(m, Fire) else None, m) for i, m in model.features.named_children()]
+    stem, units = joined_units(row)
+    return Parts(stem, units, nn.Sequential(model.classifier, nn.Flatten()), init_fire)
+
+
+def init_fire(unit: nn.Module) -> None:
+    """As torchvision initialises one: He-uniform convolutions (fan in), biases 0."""
+    for m in unit.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+@adapt.register(GoogLeNet)
+@adapt.register(Inception3)
+def _(model: GoogLeNet | Inception3) -> Parts:
+    """Inception blocks, each with the pooling before it."""
+    first_version = isinstance(model, GoogLeNet)
+    classifiers = ["aux1", "aux2"] if first_version else ["AuxLogits"]
+    if model.aux_logits or any(getattr(model, name) is not None for name in classifiers):
+        raise TypeError(
+            f"{type(model).__name__} has classifiers of its own between its blocks ({', '.join(classifiers)}), where "
+            "local learning puts others, and returns what they give in training mode; make it with aux_logits=False"
+        )
+    prefix = "inception" if first_version else "Mixed_"
+    stem, units = joined_units((name if name.startswith(prefix) else None, m) for name, m in model.named_children())
+    if model.transform_input:
+        stem.insert(0, InputTransform())
+    head = nn.Sequential(model.avgpool, nn.Flatten(), model.dropout, model.fc)
+    return Parts(stem, units, head, functools.partial(init_inception_block, std=0.01 if first_version else 0.1))
+
+
+class InputTransform(nn.Module):
+    """Images normalised by ImageNet's means and deviations, as if by 0.5 and 0.5: ``transform_input`` of the models."""
+
+    means, deviations = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = zip(images.split(1, 1), self.means, self.deviations, strict=True)
+        return torch.cat([x * (deviation / 0.5) + (mean - 0.5) / 0.5 for x, mean, deviation in values], 1)
+
+
+def init_inception_block(unit: nn.Module, std: float) -> None:
+    """As the constructors initialise one with ``init_weights=True``, the default."""
+    reset_parameters(unit)
+    for m in unit.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.trunc_normal_(m.weight, std=std, a=-2, b=2)
