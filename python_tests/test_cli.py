@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from manpp_kernels.cli.parsing import Parser, UserError, add_option, option, opt
 from manpp_kernels.cli.recipe import OPTIMIZERS, default_lr, optimizer_factory, scheduler_factory
 from manpp_kernels.cli.settings import Settings, from_file
 from manpp_kernels.cli.training import build_model
-from manpp_kernels.local import rule_names
+from manpp_kernels.local import adapt, rule_names
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -211,6 +212,10 @@ class TestErrors:
                 "train --limit 64 --image-size 40 --model vit_b_16 --rule e2e",
                 "vit_b_16 cannot be made for images of 40x40",
             ),
+            (
+                "train --limit 64 --image-size 40 --model maxvit_t",
+                r"maxvit_t cannot be made for images of 40x40 \(.*not divisible.*\): choose another --image-size",
+            ),
             ("train --limit 1", "1 training images in batches of 128"),
             ("train --seed 9223372036854775807", "seed has to be below 2\\^40"),
             ("train --lr inf", "--lr: has to be a finite number, and is inf"),
@@ -357,12 +362,17 @@ def rates_of(name: str, epochs: int, warmup: int, per_epoch: int = 1) -> list[fl
 
 
 class TestModels:
-    """Position embeddings of vision transformers are those of the images; other networks take any size."""
+    """Positions of vision transformers are those of the images; other networks take any size."""
 
-    @pytest.mark.parametrize("name", ["vit_b_16", "resnet18", "resnet20"])
-    def test_torchvisions(self, name: str) -> None:
-        with torch.device("meta"):
-            assert build_model(name, 7, 32)(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    @pytest.mark.parametrize(
+        ("name", "size"),
+        {"vit_b_16": 32, "resnet18": 32, "resnet20": 32, "maxvit_t": 448, "googlenet": 32, "inception_v3": 75}.items(),
+    )
+    def test_torchvisions(self, name: str, size: int) -> None:
+        with torch.device("meta"), warnings.catch_warnings(action="error"):
+            model = build_model(name, 7, size)
+            assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
+        adapt(model)
 
     @pytest.mark.parametrize(
         "name", ["vit_tiny_patch16_224.augreg_in21k", "deit_tiny_distilled_patch16_224", "resnet18"]

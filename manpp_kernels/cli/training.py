@@ -218,13 +218,15 @@ def _as_user_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fitting(model: str, size: int) -> Iterator[None]:
+def _fitting(
+    model: str, size: int, errors: tuple[type[Exception], ...] = (AssertionError, RuntimeError)
+) -> Iterator[None]:
     """While a network is made and sees its first images, what it asserts and what its layers refuse is their size."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (AssertionError, RuntimeError) as error:
+    except errors as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise UserError(
             f"{model} cannot be made for images of {size}x{size} ({reason}): choose another --image-size or --model"
@@ -293,9 +295,11 @@ def _trainer(
     )
     # The criterion of an observer smooths labels itself.
     smoothing = settings.trainer.label_smoothing if criterion is None else 0.0
+    with _fitting(run.model, data.size, (AssertionError, RuntimeError, ValueError)):  # the name is known to be one
+        model = build_model(run.model, data.num_classes, data.size)
     with _fitting(run.model, data.size):
         return LocalTrainer(
-            build_model(run.model, data.num_classes, data.size),
+            model,
             dataclasses.replace(settings.trainer, rule_options=rule_options, label_smoothing=smoothing),
             example=(3, data.size, data.size),
             num_classes=data.num_classes,
@@ -315,19 +319,30 @@ def build_model(name: str, num_classes: int, image_size: int | None = None) -> n
     library, _, timm_name = name.rpartition("/")
     if library == "timm":
         return _timm_model(timm_name, num_classes, image_size)
+    if name in MODELS:
+        return MODELS[name](num_classes)
+    return _torchvision_model(name, num_classes, image_size)
+
+
+def _torchvision_model(name: str, num_classes: int, image_size: int | None) -> nn.Module:
     from torchvision import models
 
     theirs = models.list_models(module=models)
-    if name in MODELS:
-        return MODELS[name](num_classes)
-    if name in theirs:
-        made = inspect.signature(models.get_model_builder(name)).return_annotation
-        sized = {} if image_size is None or made is not models.VisionTransformer else {"image_size": image_size}
-        return models.get_model(name, weights=None, num_classes=num_classes, **sized)
-    raise UserError(
-        f"there is no model {name!r}{did_you_mean(name, [*MODELS, *theirs])}; there are {', '.join(MODELS)}, "
-        "torchvision's classification models, and timm's as timm/NAME"
-    )
+    if name not in theirs:
+        raise UserError(
+            f"there is no model {name!r}{did_you_mean(name, [*MODELS, *theirs])}; there are {', '.join(MODELS)}, "
+            "torchvision's classification models, and timm's as timm/NAME"
+        )
+    made = inspect.signature(models.get_model_builder(name)).return_annotation
+    options: dict[str, Any] = {}
+    if made in (models.GoogLeNet, models.Inception3):
+        # Classifiers between their blocks are what a rule adds. The initial values are the default, which warns.
+        options = {"aux_logits": False, "init_weights": True}
+    elif image_size is not None and made is models.VisionTransformer:
+        options = {"image_size": image_size}
+    elif image_size is not None and made is models.MaxVit:
+        options = {"input_size": (image_size, image_size)}
+    return models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
 def _timm_model(name: str, num_classes: int, image_size: int | None) -> nn.Module:
