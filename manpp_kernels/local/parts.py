@@ -127,7 +127,8 @@ def joined_units(row: Iterable[tuple[str | None, nn.Module]]) -> tuple[nn.Sequen
     What stands between two units, as down-sampling, joins the unit after it, whose name the two have. What comes before
     the first unit is the stem; what comes behind the last is the head's, and left out.
     """
-    stem, units = nn.Sequential(), dict[str, nn.Module]()
+    stem = nn.Sequential()
+    units: dict[str, nn.Module] = {}
     before: list[nn.Module] = []
     for name, module in row:
         if name is None:
