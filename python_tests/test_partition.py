@@ -233,6 +233,21 @@ def test_a_model_of_ones_own() -> None:
     with pytest.raises(ValueError, match="do not give what the model itself gives"):
         partition(Different(), example=(4,))
 
+    class Faint(Different):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.constant_(self.c.weight, 1e-9)  # outputs that are alike, whatever the image, as of a deep network
+            nn.init.zeros_(self.c.bias)
+
+    with pytest.raises(ValueError, match="do not give what the model itself gives"):
+        partition(Faint(), example=(4,))
+
+    class Rounded(Faint):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (0.5 + 1e-6)
+
+    partition(Rounded(), example=(4,))
+
     class Extra(Mine):
         def __init__(self) -> None:
             super().__init__()
