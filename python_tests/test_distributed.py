@@ -116,6 +116,17 @@ def assert_agreed(tensors: list[Tensor]) -> None:
         assert torch.equal(*every), "every rank has the same"
 
 
+def _half_precision(rank: int) -> None:
+    """EMAs are rounded by random numbers, which are each rank's own."""
+    torch.manual_seed(rank)
+    for settings in ({}, {"rule_options": {"form": "parameter"}, "order": "unlocked"}):
+        model = CifarResNet((1, 1, 1), num_classes=4, widths=(4, 6, 8)).bfloat16()
+        trainer = LocalTrainer(model, TrainerConfig(rule="man++", data_parallel=True, **settings), example=(3, 8, 8))
+        for _ in range(2):
+            trainer.step((torch.rand(4, 3, 8, 8).bfloat16(), torch.arange(4)))
+        assert_agreed([e for block in trainer.network for t in block.transforms for e, _ in t.pairs()])
+
+
 LINEAR = {"host_options": {"width": "linear"}}
 TRAININGS = [
     TrainerConfig(rule="e2e", blocks=1, accumulate=2),
@@ -216,7 +227,9 @@ def _failing_validation(rank: int) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
-@pytest.mark.parametrize("test", [_sharded, _data_parallel, _local_training, _local_epochs, _failing_validation])
+@pytest.mark.parametrize(
+    "test", [_sharded, _data_parallel, _local_training, _local_epochs, _failing_validation, _half_precision]
+)
 def test_two_ranks(test: Any, tmp_path: Path) -> None:
     on_two_ranks(test, tmp_path)
 

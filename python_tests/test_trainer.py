@@ -125,6 +125,31 @@ def test_clipping_is_per_block(order: str) -> None:
         torch.testing.assert_close(moved, wanted * min(1.0, 0.1 * norm / wanted.norm().item()), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", [{"rule": "man++"}, {"rule": "man++", "rule_options": {"form": "parameter"}}, {}])
+@pytest.mark.parametrize("order", ["published", "unlocked"])
+def test_the_emas_of_a_model_in_half_precision_move(config: dict, order: str) -> None:
+    """By the right amount on average, also where 20 steps are less than half of what a bfloat16 next to it differs."""
+    if not config:
+        config = {"rule": "mlaan", "blocks": 3}
+        if order == "unlocked":
+            pytest.skip("its blocks overlap, which this order cannot do")
+    torch.manual_seed(0)
+    trainer = small_trainer(small_model().bfloat16(), order=order, **copy.deepcopy(config))
+    pairs = [pair for block in trainer.network for t in block.transforms for pair in t.pairs()]
+    start = [e.double() for e, _ in pairs]
+    exact = [e.clone() for e in start]
+    for _ in range(20):
+        before = [p.detach().double() for _, p in pairs]  # either order moves EMAs before the optimizer's update
+        trainer.step((torch.rand(8, 3, 8, 8).bfloat16(), torch.arange(8) % 4))
+        for x, p in zip(exact, before, strict=True):
+            x.lerp_(p, 1 - trainer.network.rule.momentum)
+    moved = torch.cat([(e.double() - s).flatten() for (e, _), s in zip(pairs, start, strict=True)])
+    wanted = torch.cat([(x - s).flatten() for x, s in zip(exact, start, strict=True)])
+    small = wanted.abs() < 2**-9 * torch.cat([s.flatten() for s in start]).abs()
+    assert small.sum() > 300
+    assert ((moved * wanted.sign())[small].mean() / wanted.abs()[small].mean()).item() == pytest.approx(1.0, abs=0.5)
+
+
 @pytest.mark.parametrize("form", ["activation", "parameter"])
 @pytest.mark.parametrize("order", ["published", "unlocked"])
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -26,6 +26,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from manpp_kernels.local.partition import Partition, Segment
 from manpp_kernels.local.parts import has_parameters
 from manpp_kernels.local.targets import Criterion
+from manpp_kernels.ops._checks import Rounding
 from manpp_kernels.ops.ema_scale_update import attach_effective_weights
 from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
 from manpp_kernels.plan import EmaPlan
@@ -317,25 +318,33 @@ class ParameterTransform(EmaTransform, Prepared):
 class EmaUpdates:
     """The EMA updates of some transforms, in one launch.
 
+    EMAs in bfloat16 and float16 are rounded stochastically: to nearest, most of a step's movement would be lost.
+
     Args:
         transforms: whose EMAs move together.
         momentum: m of ``phi <- m phi + (1 - m) theta``.
         prepare: also compute the effective weights of the parameter form in the same launch, for the forward passes
             that follow.
+
+    Attributes:
+        rounded: the EMAs that are rounded at random, which comes out otherwise on every rank.
     """
 
     def __init__(self, transforms: list[EmaTransform], momentum: float, *, prepare: bool) -> None:
         self.momentum = momentum
         mixed = [t for t in transforms if isinstance(t, ParameterTransform)] if prepare else []
         plain = [t for t in transforms if t not in mixed]
-        self._plain = EmaPlan(*_columns(plain)) if plain else None
+        emas = [e for t in transforms for e, _ in t.pairs()]
+        self.rounded = [e for e in emas if e.dtype in (torch.bfloat16, torch.float16)]
+        rounding: Rounding = "stochastic" if self.rounded else "nearest"
+        self._plain = EmaPlan(*_columns(plain), rounding=rounding) if plain else None
         self._mixed = mixed
         self._weights: EmaPlan | None = None
         if mixed:
             (total,) = {t.total for t in mixed}
             beta = [b for t in mixed for b in t.beta()]
             groups = [g for g, t in enumerate(mixed) for _ in t.beta()]
-            self._weights = EmaPlan(*_columns(mixed), bias=beta, groups=groups, total=total)
+            self._weights = EmaPlan(*_columns(mixed), bias=beta, groups=groups, total=total, rounding=rounding)
 
     # The weights join the graph in each block's forward: a graph common to all blocks would have to outlive each block.
     @torch.no_grad()

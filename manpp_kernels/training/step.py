@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manpp_kernels.local.auxiliary import EmaUpdates
 from manpp_kernels.local.block import LocalBlock
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.targets import BatchError
@@ -107,7 +108,7 @@ class TrainingStep:
                     with self.lanes.block(j):
                         x = self._forward_backward(block, x, images, targets, sums, j)
                         if i == len(parts) - 1:
-                            self._ema[j].update()
+                            self._update_ema(self._ema[j])
                             if not overlapping:
                                 self._ranks.start(self._by_block[j])
         for parameters in self._by_block if overlapping else ():
@@ -120,7 +121,7 @@ class TrainingStep:
     def _unlocked_step(self, parts: list[Batch]) -> StepResult:
         """All EMA updates; then for each block forward, backward, optimizer, and its gradients are gone."""
         sums = StepSums(parts, len(self._network))
-        self._ema[0].update()
+        self._update_ema(self._ema[0])
         xs = [self._input(images) for images, _ in parts]
         with self.lanes.step():
             for j, (block, optimizer) in enumerate(zip(self._network, self.optimizers, strict=True)):
@@ -134,6 +135,11 @@ class TrainingStep:
                     optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return sums.result()
+
+    def _update_ema(self, updates: EmaUpdates) -> None:
+        updates.update()
+        # Effective weights that the same launch computed stay each rank's own: they differ by a rounding.
+        self._ranks.broadcast(updates.rounded)
 
     def _input(self, images: Tensor) -> Tensor:
         """What the first block may change; the images are the caller's, and what later blocks may compare with."""
