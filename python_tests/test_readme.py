@@ -26,7 +26,7 @@ def test_the_sample_runs_as_printed(tmp_path: Path) -> None:
     assert re.fullmatch(r"\[(\d+\.\d+, ){3}\d+\.\d+\]\n", done.stdout)
 
 
-PRINTED = {"models.md": "4 local blocks\n", "training.md": "2 epochs\n"}
+PRINTED = {"models.md": "4 local blocks\n", "operators.md": "", "training.md": "2 epochs\n"}
 
 
 @pytest.mark.parametrize("page", PRINTED)
