@@ -76,9 +76,10 @@ def adapt(model: nn.Module) -> Parts:
         TypeError: no adapter is registered for this class.
     """
     for cls in type(model).__mro__:
-        adapters = _LIBRARIES.get(cls.__module__.partition(".")[0])
-        if adapters is not None and adapters not in sys.modules:
-            importlib.import_module(adapters)
+        missing = [m for m in _LIBRARIES.get(cls.__module__.partition(".")[0], ()) if m not in sys.modules]
+        if missing:
+            for adapters in missing:
+                importlib.import_module(adapters)
             return adapt(model)
     inner = getattr(model, "_orig_mod", getattr(model, "module", None))
     # torch.compile, DataParallel and their like; what has parameters beside it is a network with a part of that name.
@@ -111,8 +112,8 @@ def take_apart(model: nn.Module) -> Parts:
 # The adapters for the models of a library are imported once a model of it comes along: the library itself then has
 # been, and who has none of it needs none.
 _LIBRARIES = {
-    "timm": "manpp_kernels.local.adapters.timm",
-    "torchvision": "manpp_kernels.local.adapters.torchvision",
+    "timm": ("manpp_kernels.local.adapters.timm", "manpp_kernels.local.adapters.timm_stages"),
+    "torchvision": ("manpp_kernels.local.adapters.torchvision",),
 }
 
 
