@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from timm_models import MODELS, WIDE, convnext, resnet_v1, swin, vit
+from timm_models import MODELS, WIDE, convnext, dinov3, models, resnet_v1, rotary, swin, vit
 from torch import nn
 
 from manpp_kernels.cli.parsing import UserError
@@ -75,7 +75,7 @@ def test_a_version_of_timm_without_a_class() -> None:
     register({("no_such_module", "Net"): Layout(), ("resnet", "NoSuchNet"): Layout()})
 
 
-CHECKPOINTED = ["resnet", "vit", "convnext", "resnet v2", "regnet", "mobilenet v3", "swin", "caformer"]
+CHECKPOINTED = ["resnet", "vit", "convnext", "resnet v2", "regnet", "mobilenet v3", "swin", "eva 02", "caformer"]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTED)
@@ -130,6 +130,48 @@ def test_a_model_that_trains_a_head_for_distillation(name: str) -> None:
         adapt(model)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"rope_type": "mixed", "attn_type": "rope"}, "is learned, by all blocks together"),
+        ({"rope_shift_coords": 0.5}, "draws its coordinates anew for each batch"),
+        ({"patch_drop_rate": 0.5}, "leaves out the patches that patch_drop_rate does"),
+    ],
+)
+def test_a_rotary_embedding_that_is_no_constant(options: dict, reason: str) -> None:
+    with pytest.raises(TypeError, match=f"the rotary embedding of Eva {reason}.*take a model whose embedding"):
+        adapt(rotary(**options))
+
+
+def test_a_rotary_embedding_is_of_the_models_image_size() -> None:
+    model = dinov3()
+    model(torch.rand(1, 3, 24, 24))
+    with pytest.raises(ValueError, match=r"that of 4 x 4 patches, and the images have 6 x 6; take images of"):
+        partition(model, example=(3, 24, 24))
+    model.set_input_size(24)
+    partition(model, example=(3, 24, 24))
+
+
+def test_a_rotary_embedding_goes_where_its_unit_goes() -> None:
+    unit, other, *_ = adapt(dinov3()).units.values()
+    assert unit.embedding.data_ptr() != other.embedding.data_ptr()  # or streams could not run both at once
+    assert "embedding" not in unit.state_dict()
+    tokens = torch.rand(2, 19, 16)
+    expected = unit(tokens)
+    assert copy.deepcopy(unit).double().embedding.dtype == torch.float64
+    unit.embedding.zero_()
+    assert not torch.allclose(unit(tokens), expected)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(models.Beit, {"use_shared_rel_pos_bias": True}), (models.VisionTransformerRelPos, {"shared_rel_pos": True})],
+)
+def test_blocks_that_share_relative_positions(cls: type[nn.Module], options: dict) -> None:
+    with pytest.raises(TypeError, match=f"all blocks of this {cls.__name__} share the parameters of their relative"):
+        adapt(vit(cls, **options))
+
+
 def test_units_carry_the_names_of_the_state_dict() -> None:
     def units(name: str) -> list[str]:
         return list(adapt(made(name)).units)
@@ -138,13 +180,14 @@ def test_units_carry_the_names_of_the_state_dict() -> None:
     assert partition(vit(), example=(3, 8, 8)).names() == [["stem"], ["blocks.1"], ["blocks.2"], ["blocks.3"]]
     assert units("convnext") == [f"stages.{i}.blocks.{j}" for i, j in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0))]
     assert units("swin") == [f"layers.{i}.blocks.{j}" for i, j in ((0, 0), (1, 0), (1, 1), (2, 0))]
+    assert units("dino v3") == ["blocks.1", "blocks.2", "blocks.3"]
     assert units("cspnet") == ["stages.0", "stages.1", "stages.2", "stages.3"]
     assert units("starnet") == ["stages.0.1", "stages.1.1", "stages.2.1", "stages.2.2", "stages.3.1"]
     assert units("vgg") == ["features.4", "features.8", "features.11"]
     assert units("densenet") == [f"features.denseblock{i}" for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit", "convnext", "swin", "caformer"])
+@pytest.mark.parametrize("name", ["resnet", "vit", "convnext", "swin", "dino v3", "caformer"])
 def test_a_copy_of_a_part_is_no_longer_the_model(name: str) -> None:
     model = made(name)
     theirs = {id(p) for p in model.parameters()}
@@ -160,6 +203,7 @@ WIDER = {
     "convnext": lambda: convnext(dims=(32,) * 4),
     "swin": lambda: swin(embed_dim=32),
     "swin, weights left": lambda: swin(embed_dim=32, weight_init="skip"),
+    "eva": lambda: vit(models.Eva, embed_dim=64),
 }
 
 
@@ -175,6 +219,7 @@ WIDER = {
         ("mobilenet v3", "conv.weight"),
         ("swin", "attn.qkv.weight"),
         ("swin, weights left", "attn.qkv.weight"),
+        ("eva", "mlp.fc1.weight"),  # the second is scaled by depth
         ("byobnet", "conv1_1x1.conv.weight"),
         ("coatnet", "attn.qkv.weight"),
         ("mambaout", "fc1.weight"),

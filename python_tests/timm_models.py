@@ -33,6 +33,17 @@ def resnet_v2(**options) -> nn.Module:
     return models.ResNetV2((1, 2, 1, 1), channels=(128,) * 4, stem_chs=32, num_classes=5, **options)
 
 
+def rotary(**options) -> nn.Module:
+    """Eva, whose heads have 4 channels: a rotary embedding takes 4 at least."""
+    settings = {"img_size": 16, "embed_dim": 16, "num_heads": 2, "use_rot_pos_emb": True, "qkv_fused": False}
+    return vit(models.Eva, **{**settings, **options})
+
+
+def dinov3(**options) -> nn.Module:
+    settings = {"rope_type": "dinov3", "dynamic_img_size": True, "num_reg_tokens": 2, "use_abs_pos_emb": False}
+    return rotary(**{**settings, **options})
+
+
 def swin(cls: type[nn.Module] = models.SwinTransformer, **options) -> nn.Module:
     sizes = {"img_size": 32, "embed_dim": 12, "depths": (1, 2, 1), "num_heads": (2, 2, 2), "window_size": 2}
     return cls(num_classes=5, **{**sizes, **options})
@@ -95,6 +106,13 @@ MODELS: dict[str, tuple[int, Factory]] = {
     "vit, dropouts": (8, lambda: vit(drop_rate=0.1, pos_drop_rate=0.1, drop_path_rate=0.1, pre_norm=True)),
     "vit, some of the patches": (8, lambda: vit(patch_drop_rate=0.5)),
     "deit, two heads": (8, lambda: vit(models.VisionTransformerDistilled, drop_rate=0.1)),
+    "eva": (8, lambda: vit(models.Eva, init_values=0.1, drop_rate=0.1, pos_drop_rate=0.1, patch_drop_rate=0.5)),
+    "eva 02": (16, lambda: rotary(swiglu_mlp=True, scale_mlp=True, use_post_norm=True, drop_path_rate=0.1)),
+    "eva, attention pool": (16, lambda: rotary(attn_type="rope", global_pool="map", class_token=False)),
+    "dino v3": (16, dinov3),
+    "beit": (8, lambda: vit(models.Beit, use_rel_pos_bias=True, init_values=0.1, pos_drop_rate=0.1)),
+    "vit, relative positions": (8, lambda: vit(models.VisionTransformerRelPos, class_token=True, drop_rate=0.1)),
+    "vit, biases of positions": (8, lambda: vit(models.VisionTransformerRelPos, rel_pos_type="bias", fc_norm=True)),
     "swin": (32, swin),
     "swin, dropouts": (32, lambda: swin(drop_rate=0.1, proj_drop_rate=0.1, drop_path_rate=0.5)),
     "swin v2": (32, lambda: swin(models.SwinTransformerV2)),

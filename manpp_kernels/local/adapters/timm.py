@@ -1,5 +1,5 @@
-"""timm's vision transformers as stem, units and head: VisionTransformer and what derives from it; and what all adapters
-for timm's models share."""
+"""timm's vision transformers as stem, units and head: VisionTransformer and what derives from it, Eva, BEiT and the
+transformer with relative positions; and what all adapters for timm's models share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from collections.abc import Callable, Collection, Iterable
 from types import ModuleType
 from typing import Any
 
+import torch
 from timm.models import named_apply
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
-from manpp_kernels.local.parts import Parts, adapt, reset_parameters
+from manpp_kernels.local.parts import Parts, adapt, has_parameters, reset_parameters
 from manpp_kernels.local.recompute import Recomputed
 
 InitUnit = Callable[[nn.Module], None]
@@ -107,13 +111,14 @@ def _transformer(
     model: Any,
     embedding: nn.Module,
     init: InitUnit,
+    unit: Callable[[nn.Module], nn.Module] = lambda block: block,
 ) -> Parts:
     """The first block joins the embedding, whose class token alone has not seen the image."""
-    (_, first), *others = model.blocks.named_children()
+    (_, first), *others = ((name, unit(block)) for name, block in model.blocks.named_children())
     return Parts(
         nn.Sequential(embedding, Recomputed(first) if model.grad_checkpointing else first),
         {f"blocks.{name}": block for name, block in others},
-        nn.Sequential(model.norm, ForwardHead(model, {*_EMBEDDING, "blocks", "norm"})),
+        nn.Sequential(model.norm, ForwardHead(model, {*_EMBEDDING, "rope", "blocks", "norm"})),
         unless_skipped(model, init),
         recomputed=model.grad_checkpointing,
     )
@@ -138,3 +143,98 @@ class _Embedding(nn.Module):
 @adapt.register
 def _(model: VisionTransformer) -> Parts:
     return _transformer(model, _Embedding(model), init_transformer_block)
+
+
+class _EvaEmbedding(_Embedding):
+    """The same, without the rotary embedding, which the blocks have, as it is for one size of the images alone."""
+
+    def __init__(self, model: Eva) -> None:
+        super().__init__(model)
+        self.grid = model.patch_embed.grid_size if model.rope is not None and model.dynamic_img_size else None
+        self.model.rope = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.model.patch_embed(images)
+        if self.grid is not None and patches.shape[1:3] != self.grid:  # where it is not dynamic, it checks this itself
+            raise ValueError(
+                f"the rotary embedding is that of {' x '.join(map(str, self.grid))} patches, and the images have "
+                f"{' x '.join(map(str, patches.shape[1:3]))}; take images of the model's size, or make it one for "
+                "theirs, by timm.create_model(..., img_size=...) or model.set_input_size"
+            )
+        tokens, _ = self.model._pos_embed(patches)
+        norm = getattr(self.model, "norm_pre", nn.Identity())  # an older timm has none
+        normalised: Tensor = norm(tokens)
+        return normalised
+
+
+class _Rotary(nn.Module):
+    """A block with the rotary embedding that the model hands to all of its blocks."""
+
+    embedding: Tensor
+
+    def __init__(self, block: nn.Module, embedding: Tensor) -> None:
+        super().__init__()
+        self.block = block
+        # Its own, as blocks that run at once on streams share no buffer.
+        self.register_buffer("embedding", embedding.clone(), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = self.block(tokens, rope=self.embedding)
+        return result
+
+
+@adapt.register
+def _(model: Eva) -> Parts:
+    rope: Any = model.rope
+    if rope is None:
+        return _transformer(model, _EvaEmbedding(model), Own().of(model))
+    refused = {
+        "is learned, by all blocks together": has_parameters(rope),
+        "draws its coordinates anew for each batch": getattr(rope, "aug_active", False),
+        "leaves out the patches that patch_drop_rate does": getattr(model, "patch_drop", None) is not None,
+    }
+    for reason, found in refused.items():
+        if found:
+            raise TypeError(
+                f"the rotary embedding of {type(model).__name__} {reason}, and units take one tensor alone; take a "
+                "model whose embedding depends on the size of the images alone"
+            )
+    with torch.no_grad():
+        embedding = rope.get_embed(shape=model.patch_embed.grid_size)
+    return _transformer(model, _EvaEmbedding(model), Own().of(model), functools.partial(_Rotary, embedding=embedding))
+
+
+class _BeitEmbedding(_Embedding):
+    def forward(self, images: Tensor) -> Tensor:
+        m = self.model
+        x: Tensor = m.patch_embed(images)
+        x = torch.cat([m.cls_token.expand(len(x), -1, -1), x], 1)
+        dropped: Tensor = m.pos_drop(x if m.pos_embed is None else x + m.pos_embed)
+        return dropped
+
+
+class _RelPosEmbedding(_Embedding):
+    def forward(self, images: Tensor) -> Tensor:
+        m = self.model
+        x: Tensor = m.patch_embed(images)
+        return x if m.cls_token is None else torch.cat([m.cls_token.expand(len(x), -1, -1), x], 1)
+
+
+@adapt.register
+def _(model: Beit) -> Parts:
+    _refuse_shared(model, model.rel_pos_bias)
+    return _transformer(model, _BeitEmbedding(model), Own().of(model))
+
+
+@adapt.register
+def _(model: VisionTransformerRelPos) -> Parts:
+    _refuse_shared(model, model.shared_rel_pos)
+    return _transformer(model, _RelPosEmbedding(model), init_transformer_block)
+
+
+def _refuse_shared(model: nn.Module, positions: nn.Module | None) -> None:
+    if positions is not None:
+        raise TypeError(
+            f"all blocks of this {type(model).__name__} share the parameters of their relative positions, so no "
+            "boundary can come between them; take a model whose blocks have their own"
+        )
