@@ -244,9 +244,9 @@ class LocalTrainer:
             over the epoch's steps), ``val_loss`` and ``val_acc`` (None without ``val_loader``), ``lr``, ``seconds`` (of
             the training), ``seconds_per_step`` (without the first, which measures memory), ``images_per_second``,
             ``peak_memory_bytes`` and ``memory`` (what that is: on CUDA the allocator's peak over the epoch, or what lay
-            there and what a captured step takes; elsewhere the peak of live saved tensors in its first step). Ctrl-C
-            ends it after the step at hand: the checkpoint is written, ``interrupted`` set, the history so far returned;
-            a second Ctrl-C raises at once.
+            there and what a captured step takes; elsewhere the peak of live saved tensors in its first step; both None
+            with ``measure_memory=False``). Ctrl-C ends it after the step at hand: the checkpoint is written,
+            ``interrupted`` set, the history so far returned; a second Ctrl-C raises at once.
 
         Raises:
             TypeError: ``epochs`` is no whole number (an endless training is one of many: ``10**9``); or as

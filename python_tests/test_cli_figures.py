@@ -26,13 +26,14 @@ from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 MIB = 2**20
 
 
-def history(*accuracies: float, peak: int = 2 * MIB) -> list[dict[str, Any]]:
+def history(*accuracies: float, peak: int | None = 2 * MIB) -> list[dict[str, Any]]:
     """An epoch for each test accuracy: it took 1, 2, … seconds, and a step 1, 4, 9, … ms; the first kept the most."""
+    kind = None if peak is None else "live saved tensors peak"
     return [
         {
             **{"epoch": n, "train_loss": 4.0 / n, "train_acc": accuracy / 2, "val_loss": 8.0 / n, "val_acc": accuracy},
             **{"lr": 0.1, "seconds": float(n), "seconds_per_step": n * n / 1000, "images_per_second": 1.0},
-            **{"peak_memory_bytes": peak if n == 1 else peak // 2, "memory": "live saved tensors peak"},
+            **{"peak_memory_bytes": peak if peak is None or n == 1 else peak // 2, "memory": kind},
         }
         for n, accuracy in enumerate(accuracies, 1)
     ]
@@ -56,6 +57,10 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 @pytest.fixture
 def results(tmp_path: Path) -> dict[str, Any]:
+    return gathered(tmp_path, RUNS)
+
+
+def gathered(tmp_path: Path, runs: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
     """What ``manpp compare`` gathers from the files of these runs."""
     asked = compare.read(config(tmp_path))
     environment = {"device": "cpu", "cpu": "abacus", "cores": 2, "threads": 1}
@@ -65,7 +70,7 @@ def results(tmp_path: Path) -> dict[str, Any]:
     for variant, seed, _ in asked.runs():
         folder = compare.run_folder(tmp_path, variant, seed)
         folder.mkdir(parents=True)
-        write_csv(RUNS[variant.name][seed], folder / "history.csv")
+        write_csv(runs[variant.name][seed], folder / "history.csv")
         (folder / "summary.json").write_text(json.dumps({"environment": environment, **shared, **sizes}))
     return comparison.collect(asked, tmp_path)
 
@@ -101,6 +106,25 @@ def test_the_figures_of_a_comparison(results: dict[str, Any], figures: list[Figu
     assert lines(curves.axes[0]) == [[25, 81.25, 56.25], [12.5, 25, 37.5], [50, 62.5, 37.5]]
     band = curves.axes[0].collections[2].get_paths()[0].vertices
     assert {(x, y) for x, y in band.tolist()} == {(1, 50), (2, 50), (2, 75), (3, 25), (3, 50)}
+
+
+def test_memory_that_was_not_measured(tmp_path: Path, figures: list[Figure]) -> None:
+    """A variant has no figure and no bar for it, and no share is that of an end-to-end run without one."""
+    results = gathered(tmp_path, {**RUNS, "e2e": {seed: history(0.5, peak=None) for seed in (0, 1)}})
+    text = comparison.markdown(results)
+    assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
+        "| e2e | 3 | 2 | 50.00 ± 0.00 | 25.00 |  | 1.0 | 2,500 | 500 |",
+        "| dgl \\| narrow | 3 | 1 | 37.50 | 18.75 | 2.0 | 4.0 | 2,500 | 500 |",
+        "| man++/dgl | 3 | 2 | 37.50 ± 17.68 | 18.75 | 2.0 | 4.0 | 2,500 | 500 |",
+    ]
+    assert "Memory: live saved tensors peak, not measured;" in text
+    comparison_plots.plot_variants(results["variants"], Path())
+    assert [bar.get_width() for bar in figures[0].axes[1].patches if bar.get_width() >= 0] == [2, 2]
+    console = Console(width=120, record=True)
+    console.print(results_table({"a": history(0.5, peak=None)}, on_gpu=False))
+    assert ["a", "1", "50.00 %", "–", "0.001", "1 s"] in [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()
+    ]
 
 
 def test_the_figure_of_a_run(figures: list[Figure]) -> None:

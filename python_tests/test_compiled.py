@@ -77,6 +77,24 @@ def test_the_same_values_in_whole_graphs(rule: str, settings: dict[str, Any]) ->
     assert counters["stats"]["unique_graphs"] >= 2 * len(compiled.network) - 1
 
 
+def test_an_epoch_measures_what_compiled_blocks_keep() -> None:
+    """The hooks of the meter see what compiled code keeps, and nothing is compiled for them or computed otherwise."""
+    peaks, states, graphs = [], [], []
+    for settings in ({"compile": "eager", "measure_memory": False}, {"compile": "eager"}, {}):
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        model = nn.Sequential(Sized(8), nn.Dropout(0.5), Sized(9), nn.Linear(10, 4))
+        trainer = LocalTrainer(model, TrainerConfig(rule="dgl", blocks=2, **settings), example=(8,))
+        batches = [(torch.rand(n, 8), torch.arange(n) % 4) for n in (8, 8, 6)]
+        peaks.append([row["peak_memory_bytes"] for row in trainer.fit(batches, 2)])
+        states.append(list(trainer.network.state_dict().values()))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert peaks[0] == [None, None]
+    assert peaks[1] == peaks[2]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+    assert graphs[1] == graphs[0] > 0
+
+
 RECOMPUTED: list[dict[str, Any]] = [
     {"rule": "e2e"},
     {"rule": "dgl", "blocks": 2, "accumulate": 2},

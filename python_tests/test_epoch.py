@@ -46,13 +46,12 @@ def test_times_are_of_the_steps_alone_and_the_first_is_none_of_many(
 
 @pytest.mark.parametrize(
     ("config", "saved", "captured"),
-    [({}, 400, 5000), ({"measure_memory": False}, 0, 0), ({"compile": "eager"}, 0, 5000)],
+    [({}, 400, 5000), ({"measure_memory": False}, 0, 0), ({"compile": "eager"}, 400, 5000)],
     ids=["measured", "not measured", "compiled"],
 )
 def test_memory_is_that_of_the_first_step_and_of_a_captured_one(
     config: dict[str, Any], saved: int, captured: int
 ) -> None:
-    """What compiled code saves is no matter of the hooks, which it would not go through."""
     totals = EpochTotals()
     meter = EpochMeter(totals, TrainerConfig(**config), torch.device("cpu"), list)
     for size in (100, 300):
@@ -64,3 +63,16 @@ def test_memory_is_that_of_the_first_step_and_of_a_captured_one(
     meter.tick(5000)
     meter.tick(0)
     assert totals.peak_memory == captured
+
+
+def test_memory_that_is_not_measured_is_no_0() -> None:
+    def row(**settings: Any) -> dict[str, Any]:
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+        trainer = LocalTrainer(model, TrainerConfig(rule="e2e", **settings), example=(4,))
+        return trainer.fit([(torch.rand(8, 4), torch.arange(8) % 3)], 1)[0]
+
+    without, measured = row(measure_memory=False), row()
+    assert list(without) == list(measured)
+    assert (without["peak_memory_bytes"], without["memory"]) == (None, None)
+    assert measured["peak_memory_bytes"] > 0
+    assert measured["memory"] == "live saved tensors peak"

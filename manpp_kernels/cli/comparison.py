@@ -84,7 +84,8 @@ def _run(seed: int, summary: dict[str, Any], folder: Path) -> dict[str, Any]:
         "train_accuracy": history[-1]["train_acc"],
         "seconds": sum(row["seconds"] for row in history),
         "seconds_per_step": statistics.median(row["seconds_per_step"] for row in history),
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in history) or None,
+        # Empty, or 0 in older files, where it was not measured.
+        "peak_memory_bytes": max(row["peak_memory_bytes"] or 0 for row in history) or None,
         "memory": history[-1]["memory"],
         "epochs": [{name: _rounded(row[name]) for name in _EPOCH} for row in history],
         **{name: summary[name] for name in ("blocks", "auxiliary_parameters", "ema_parameters")},
@@ -220,7 +221,7 @@ def _conditions(results: dict[str, Any]) -> str:
 
 
 def _legend(results: dict[str, Any]) -> str:
-    kinds = {run["memory"] for variant in results["variants"] for run in variant["runs"]}
+    kinds = {run["memory"] or "not measured" for variant in results["variants"] for run in variant["runs"]}
     timed = _step_times(results)
     return (
         "Accuracy after the last epoch: mean over the seeds ± standard deviation of a sample. Memory: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +16,9 @@ from matplotlib.ticker import MaxNLocator
 
 Variants = Sequence[dict[str, Any]]
 
-# Title, and a variant's value in the unit of the title.
+# Title, and a variant's value in the unit of the title; one that was not measured has no bar.
 _BARS: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
-    ("peak memory (MiB)", lambda variant: (variant["peak_memory_bytes"] or 0) / 2**20),
+    ("peak memory (MiB)", lambda variant: (variant["peak_memory_bytes"] or math.nan) / 2**20),
     ("ms a step", lambda variant: 1e3 * variant["seconds_per_step"]),
     ("auxiliary parameters (thousands)", lambda variant: variant["auxiliary_parameters"] / 1e3),
 )

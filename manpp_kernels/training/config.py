@@ -64,7 +64,7 @@ class TrainerConfig:
             own (as of a ``DistributedSampler``), with averaged gradients. All but ``evaluate`` is then called on every
             rank, with as many batches and the same folder for checkpoints. Running statistics are each rank's own, and
             from the end of an epoch on rank 0's. Ctrl-C ends it at once, without a checkpoint.
-        measure_memory: report the peak memory of each epoch.
+        measure_memory: report the peak memory of each epoch; the history has none otherwise.
     """
 
     rule: str = "man++"

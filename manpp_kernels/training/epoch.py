@@ -22,7 +22,10 @@ from manpp_kernels.training.config import TrainerConfig
 
 @dataclass
 class EpochTotals:
-    """Sums over the steps of an epoch so far; tensors stay on the device until the epoch ends."""
+    """Sums over the steps of an epoch so far; tensors stay on the device until the epoch ends.
+
+    Of memory it is the peak, 0 where none was measured: every step keeps something for its backward pass.
+    """
 
     loss: Tensor | float = 0.0
     correct: Tensor | int = 0
@@ -69,7 +72,7 @@ class EpochTotals:
             "seconds": self.seconds,
             "seconds_per_step": self.timed_seconds / self.timed_steps if self.timed_steps else self.seconds,
             "images_per_second": self.images / max(self.seconds, 1e-9),
-            "peak_memory_bytes": self.peak_memory,
+            "peak_memory_bytes": self.peak_memory or None,
         }
 
 
@@ -90,7 +93,7 @@ class EpochMeter:
     ) -> None:
         self._totals, self._device, self._persistent = totals, device, persistent
         self._memory, self._on_gpu = config.measure_memory, device.type == "cuda"
-        self._saved_tensors = self._memory and not self._on_gpu and config.compile is None
+        self._saved_tensors = self._memory and not self._on_gpu
         self._steps = 0
         if self._memory and self._on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -151,13 +154,14 @@ def history_row(
     device: torch.device,
 ) -> dict[str, Any]:
     """What is known of an epoch, of this many before; waits for the device."""
+    memory = "cuda allocator peak" if device.type == "cuda" else "live saved tensors peak"
     return {
         "epoch": epoch + 1,
         "val_loss": None if validation is None else validation.mean_loss(),
         "val_acc": None if validation is None else validation.accuracy(),
         "lr": float(optimizers[0].param_groups[0]["lr"]),
         **totals.row(),
-        "memory": "cuda allocator peak" if device.type == "cuda" else "live saved tensors peak",
+        "memory": memory if totals.peak_memory else None,
     }
 
 
