@@ -27,7 +27,7 @@ from manpp_kernels.local.parts import take_apart
 from manpp_kernels.local.recompute import make_capturable
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.targets import Criterion, Targets
-from manpp_kernels.training.compiled import compile_blocks
+from manpp_kernels.training.compiled import check_backend, compile_blocks
 from manpp_kernels.training.config import OptimizerFactory, SchedulerFactory, TrainerConfig, make_schedulers
 from manpp_kernels.training.epoch import (
     EpochMeter,
@@ -97,6 +97,8 @@ class LocalTrainer:
         rule = make_rule(config.rule, config.rule_options)
         rule.check_order(config.order)
         rule.check_streams(config.streams)
+        if config.compile is not None:
+            check_backend(config.compile)
         if config.cuda_graphs:
             check_device(self.device)
         self._layout = torch.channels_last if config.channels_last else torch.preserve_format

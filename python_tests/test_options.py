@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pytest
 
-from manpp_kernels.local.options import check_choices, check_count, check_fraction, check_positive, check_weight
+from manpp_kernels.local.options import (
+    check_choices,
+    check_count,
+    check_finite,
+    check_fraction,
+    check_positive,
+    check_weight,
+)
 from manpp_kernels.local.rules.dgl import DglOptions
 from manpp_kernels.trainer import TrainerConfig
 
 if TYPE_CHECKING:
     from somewhere import Schedule  # type: ignore[import-not-found]
 
-CHECKS = {"count": check_count, "fraction": check_fraction, "weight": check_weight, "positive": check_positive}
+CHECKS = {
+    **{"count": check_count, "fraction": check_fraction, "weight": check_weight},
+    **{"positive": check_positive, "finite": check_finite},
+}
 
 
 class Order(str, enum.Enum):
@@ -72,6 +82,7 @@ def test_numbers_without_end() -> None:
         ("fraction", [0, 0.0, 0.5, 1, 1.0, np.float32(0.5)], [-1e-9, 1.0000001, math.nan, math.inf]),
         ("weight", [0, 0.0, 7.5, np.float32(2)], [-1e-9, math.nan, math.inf, -math.inf]),
         ("positive", [1e-9, 3], [0, 0.0, -1.0, math.nan, math.inf]),
+        ("finite", [-1e9, 0, 3.5, np.float32(2)], [math.nan, math.inf, -math.inf]),
     ],
 )
 def test_numbers(check: str, right: list[Any], wrong: list[Any]) -> None:
@@ -90,10 +101,12 @@ class Chosen:
     size: Literal[0, 1, 2] = 1
     kind: Literal["a", "b"] | None = None
     other: int | str = 0
+    flag: bool = False
+    perhaps: bool | None = None
 
 
 def test_choices() -> None:
-    for right in (Chosen(), Chosen(0, "b", "whatever"), Chosen(2, "a", -9)):
+    for right in (Chosen(), Chosen(0, "b", "whatever"), Chosen(2, "a", -9), Chosen(flag=True)):
         check_choices(right)
     for wrong, message in (
         (Chosen(3), "size has to be one of 0, 1, 2, and is 3"),  # type: ignore[arg-type]
@@ -102,3 +115,6 @@ def test_choices() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             check_choices(wrong)
+    for flag in ("no", "", 1, 0, None, np.True_):
+        with pytest.raises(TypeError, match=f"flag has to be True or False, and is {flag!r}"):
+            check_choices(Chosen(flag=flag))  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from naive_local import batch_norm, below, cross_entropy, unit
@@ -13,7 +15,7 @@ from torch import nn
 from manpp_kernels.local import make_rule
 from manpp_kernels.local.decoder import Decoder
 from manpp_kernels.local.losses import supervised_contrastive
-from manpp_kernels.local.rules.infopro import infopro_head, weight_at
+from manpp_kernels.local.rules.infopro import InfoProOptions, infopro_head, weight_at
 from manpp_kernels.models import resnet32, resnet110
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -199,12 +201,38 @@ def test_sizes_as_the_host_of_man_plus_plus() -> None:
         ({"loss": "hinge"}, "loss has to be one of cross-entropy, contrastive"),
         ({"temperature": 0.0}, "temperature has to be positive"),
         ({"decoder_weight": (1, 2, 3)}, "decoder_weight has to be a number from 0 on, or those of the first"),
-        ({"classifier_weight": -1.0}, "classifier_weight has to be"),
+        ({"classifier_weight": -1.0}, "classifier_weight has to be 0 or more, and is -1"),
+        ({"classifier_weight": math.inf}, "classifier_weight has to be finite, and is inf"),
+        ({"decoder_weight": [5.0, math.nan]}, "decoder_weight has to be 0 or more, and is nan"),
+        ({"mean": [0.5, math.nan]}, "mean has to be finite, and is nan"),
+        ({"std": [math.inf]}, "std has to be finite, and is inf"),
+        ({"std": [0.5, 0.0]}, r"std has to be positive, and is 0\.0"),
     ],
 )
 def test_wrong_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_rule("infopro", options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder_weight": True}, "decoder_weight has to be a number, and is True"),
+        ({"classifier_weight": "1"}, "classifier_weight has to be a number, and is '1'"),
+        ({"classifier_weight": (1, None)}, "classifier_weight has to be a number, and is None"),
+        ({"mean": 0.5}, r"mean has to be a sequence of numbers, one for each channel, and is 0\.5"),
+        ({"std": ["0.5"]}, r"std has to be a number, and is '0\.5'"),
+    ],
+)
+def test_options_of_another_kind(options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make_rule("infopro", options)
+
+
+@pytest.mark.parametrize("given", [[0.5, 0.25], np.array([0.5, 0.25]), torch.tensor([0.5, 0.25])], ids=type)
+def test_numbers_for_each_channel_come_as_any_sequence(given: Any) -> None:
+    options = InfoProOptions(mean=given, std=given)
+    assert options.mean == options.std == (0.5, 0.25)
 
 
 def test_images_that_were_normalised_need_mean_and_std() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -32,6 +33,10 @@ from manpp_kernels.trainer import LocalTrainer, TrainerConfig
         ({"label_smoothing": -0.1}, "label_smoothing has to lie in"),
         ({"blocks": 9}, "blocks is 9, and CifarResNet can be divided into 1 to 4"),
         ({"rule": "e2e", "blocks": 2}, "end-to-end training has 1 block"),
+        ({"learning_rate": math.nan}, "learning_rate has to be 0 or more, and is nan"),
+        ({"sgd_momentum": math.nan}, "sgd_momentum has to be 0 or more, and is nan"),
+        ({"weight_decay": math.inf}, "weight_decay has to be finite, and is inf"),
+        ({"compile": "nosuch"}, "torch.compile has no backend 'nosuch'; there are .*inductor"),
         ({"recompute": True, "compile": "eager"}, "recomputed .* can be compiled by inductor .*, not by 'eager'"),
         ({"recompute": True, "compile": "inductor", "rule": "mlaan"}, "do not overlap, and those of rule='mlaan' do"),
     ],
@@ -80,6 +85,10 @@ def test_wrong_class_counts_and_batches() -> None:
         (lambda: TrainerConfig(accumulate="2"), TypeError, "accumulate has to be a whole number, and is '2'"),  # type: ignore[arg-type]
         (lambda: TrainerConfig(clip_norm="1"), TypeError, "clip_norm has to be a number, and is '1'"),  # type: ignore[arg-type]
         (lambda: TrainerConfig(label_smoothing=True), TypeError, "label_smoothing has to be a number, and is True"),
+        (lambda: TrainerConfig(learning_rate="0.1"), TypeError, "learning_rate has to be a number, and is '0.1'"),  # type: ignore[arg-type]
+        (lambda: TrainerConfig(compile=True), TypeError, "a torch.compile backend, such as 'inductor', .* is True"),  # type: ignore[arg-type]
+        (lambda: TrainerConfig(recompute="no"), TypeError, "recompute has to be True or False, and is 'no'"),  # type: ignore[arg-type]
+        (lambda: TrainerConfig(channels_last=1), TypeError, "channels_last has to be True or False, and is 1"),  # type: ignore[arg-type]
         (lambda: small_trainer().fit(loader(), "3"), TypeError, "epochs has to be a whole number, and is '3'"),  # type: ignore[arg-type]
         (
             lambda: small_trainer().fit(loader(), 1, checkpoint_dir="x", checkpoint_every=2.5),  # type: ignore[arg-type]

@@ -282,12 +282,6 @@ def _trainer(
     settings: Settings, device: torch.device, data: ImageData, steps: int, criterion: Criterion | None
 ) -> LocalTrainer:
     run = settings.run
-    backend = settings.trainer.compile
-    # Only the first step would look it up, in the middle of PyTorch's compiler.
-    if backend is not None and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-        raise UserError(
-            f"torch.compile has no backend {backend!r}{did_you_mean(backend, known)}; there are {', '.join(known)}"
-        )
     lr = default_lr(run.optimizer, run.batch_size) if run.lr is None else run.lr
     per_epoch = steps if settings.trainer.schedule == "step" else 1
     rule_options = with_normalization(

@@ -10,14 +10,17 @@ from typing import Any, Literal
 
 from manpp_kernels.ops._checks import check_fraction, check_number
 
-__all__ = ["check_choices", "check_count", "check_fraction", "check_positive", "check_weight"]
+__all__ = ["check_choices", "check_count", "check_finite", "check_fraction", "check_positive", "check_weight"]
 
 
 def check_choices(options: Any) -> None:
-    """Raise ValueError where a field of a dataclass, whose type is a ``Literal``, has none of its values."""
+    """Raise where a field of a dataclass has none of the values of its ``Literal``, or where a ``bool`` is none."""
     for name, hint in _hints(type(options)).items():
         allowed = _literal_values(hint)
         value = getattr(options, name)
+        # Any text would count as true, "no" and "false" among them.
+        if hint is bool and not isinstance(value, bool):
+            raise TypeError(f"{name} has to be True or False, and is {value!r}")
         if allowed and not any(isinstance(value, type(a)) and value == a for a in allowed):
             raise ValueError(f"{name} has to be one of {', '.join(map(str, allowed))}, and is {value!r}")
 
@@ -57,7 +60,7 @@ def check_weight(name: str, value: Any) -> None:
     check_number(name, value)
     if not value >= 0:  # nor NaN
         raise ValueError(f"{name} has to be 0 or more, and is {value}")
-    _check_finite(name, value)
+    check_finite(name, value)
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -65,9 +68,11 @@ def check_positive(name: str, value: Any) -> None:
     check_number(name, value)
     if not value > 0:  # nor NaN
         raise ValueError(f"{name} has to be positive, and is {value}")
-    _check_finite(name, value)
+    check_finite(name, value)
 
 
-def _check_finite(name: str, value: Any) -> None:
+def check_finite(name: str, value: Any) -> None:
+    """Raise where it is no finite number."""
+    check_number(name, value)
     if not math.isfinite(value):
         raise ValueError(f"{name} has to be finite, and is {value}")

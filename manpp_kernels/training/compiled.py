@@ -19,6 +19,15 @@ _networks = itertools.count()
 _RECOMPUTING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError where torch.compile has no such backend, which only the first step would look up."""
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(
+            f"torch.compile has no backend {backend!r}; there are {', '.join(torch.compiler.list_backends())} and, for "
+            "debugging, eager and aot_eager"
+        )
+
+
 def compile_blocks(network: LocalNetwork, backend: str, *, dynamic: bool | None) -> None:
     """Have the body and the auxiliary network of every block compiled when they first run.
 

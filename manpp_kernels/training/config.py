@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from manpp_kernels.local.options import check_choices, check_count, check_fraction, check_positive
+from manpp_kernels.local.options import check_choices, check_count, check_fraction, check_positive, check_weight
 
 OptimizerFactory = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -94,8 +94,17 @@ class TrainerConfig:
         check_count("accumulate", self.accumulate)
         check_count("streams", self.streams)
         check_fraction("label_smoothing", self.label_smoothing)
+        if self.learning_rate is not None:
+            check_weight("learning_rate", self.learning_rate)
+        check_weight("sgd_momentum", self.sgd_momentum)
+        check_weight("weight_decay", self.weight_decay)
         if self.clip_norm is not None:
             check_positive("clip_norm", self.clip_norm)
+        if self.compile is not None and not isinstance(self.compile, str):
+            raise TypeError(
+                "compile has to be the name of a torch.compile backend, such as 'inductor', or None, and is "
+                f"{self.compile!r}"
+            )
         if self.streams > 1 and not self.cuda_graphs:
             raise ValueError("streams is of use for captured steps alone; set cuda_graphs too, or streams to 1")
         if self.cuda_graphs:

@@ -11,7 +11,7 @@ splits of equal memory are those of ``TrainerConfig(blocks=K, balance="memory")`
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from manpp_kernels.local.auxiliary import Auxiliary, Site
 from manpp_kernels.local.decoder import Decoder
 from manpp_kernels.local.features import to_vector
 from manpp_kernels.local.losses import supervised_contrastive
-from manpp_kernels.local.options import check_choices, check_positive
+from manpp_kernels.local.options import check_choices, check_finite, check_positive, check_weight
 from manpp_kernels.local.rules import Rule, register
 from manpp_kernels.local.targets import Criterion, ignored_label
 from manpp_kernels.models.cifar_resnet import init_weights
@@ -55,17 +55,31 @@ class InfoProOptions:
         check_positive("temperature", self.temperature)
         for name in ("decoder_weight", "classifier_weight"):
             object.__setattr__(self, name, _weight(name, getattr(self, name)))
-        for name in ("mean", "std"):
+        for name, check in (("mean", check_finite), ("std", check_positive)):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+                object.__setattr__(self, name, _by_channel(name, getattr(self, name), check))
 
 
 def _weight(name: str, value: Any) -> Weight:
     """A number, or two as a tuple (configuration files give lists)."""
-    ends = (value, value) if isinstance(value, int | float) else tuple(value)
-    if len(ends) != 2 or not all(isinstance(w, int | float) and w >= 0 for w in ends):
+    ends = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(ends) != 2:
         raise ValueError(f"{name} has to be a number from 0 on, or those of the first and the last block: {value!r}")
-    return value if isinstance(value, int | float) else ends
+    for weight in ends:
+        check_weight(name, weight)
+    return ends if isinstance(value, list | tuple) else value
+
+
+def _by_channel(name: str, values: Any, check: Callable[[str, Any], None]) -> tuple[float, ...]:
+    """Numbers as a tuple, each checked; configuration files give lists, and who computes them may have a tensor."""
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} has to be a sequence of numbers, one for each channel, and is {values!r}")
+    numbers = tuple(values)
+    for value in numbers:
+        check(name, value)
+    return numbers
 
 
 def weight_at(weight: Weight, index: int, count: int) -> float:
