@@ -11,15 +11,17 @@ from naive_rules import NaiveRule, assert_steps_agree, auxiliary_sizes, make_pai
 
 from manpp_kernels.local import make_rule
 from manpp_kernels.local.rules.auglocal import chosen_layers, depth_at
-from manpp_kernels.models import resnet32, resnet110
+from manpp_kernels.models import CifarResNet, resnet32, resnet110
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
 
 class NaiveAugLocal(NaiveRule):
-    """Five layers, d = 2, c = 0.5: every block has two residual blocks, but the fourth, behind which one layer is."""
+    """Five layers, c = 0.5: with d = 2 all but the fourth block have two residual blocks; that has one layer left."""
+
+    deepest = 2
 
     def auxiliary_loss(self, j, x, targets, a):
-        depth = 2 if j < 3 else 1
+        depth = self.deepest if j < 3 else 1
         for t in range(depth):
             x = unit(x, below(a, f"head.{t}"))
         x = x.mean((2, 3))
@@ -29,10 +31,31 @@ class NaiveAugLocal(NaiveRule):
         return cross_entropy(x @ p[f"{4 - depth}.weight"].T + p[f"{4 - depth}.bias"], targets)
 
 
+class NaiveShallow(NaiveAugLocal):
+    """d = 1: one residual block as wide as the last layer, with stride 2 from whichever stage."""
+
+    deepest = 1
+
+
 @pytest.mark.parametrize("order", ["published", "unlocked"])
 def test_a_step_equals_the_naive_implementation(order: str) -> None:
     trainer, naive = make_pair(NaiveAugLocal, TrainerConfig(rule="auglocal", order=order))
     assert_steps_agree(trainer, naive)
+
+
+def test_one_block_halves_the_side_once() -> None:
+    config = TrainerConfig(rule="auglocal", rule_options={"auxiliary_depth": 1})
+    assert_steps_agree(*make_pair(NaiveShallow, config))
+
+
+def test_a_stage_that_is_left_out_is_halved_by_the_next_block() -> None:
+    """From 16x16: 4x4 is what the chosen layers 3 and 6 have, both in the last stage."""
+    model = CifarResNet((1, 1, 4), num_classes=4, widths=(4, 8, 16))
+    config = TrainerConfig(rule="auglocal", blocks=["stem"], rule_options={"pyramid": 0.0})
+    auxiliary = LocalTrainer(model, config, example=(3, 16, 16)).network.blocks[0].auxiliary
+    assert auxiliary is not None
+    blocks = [block for block in auxiliary.head if hasattr(block, "conv1")]
+    assert [(block.conv1.out_channels, *block.conv1.stride) for block in blocks] == [(16, 2, 2), (16, 2, 2)]
 
 
 def test_the_layers_that_are_chosen() -> None:
@@ -112,7 +135,7 @@ def test_a_network_of_bottlenecks_has_bottlenecks() -> None:
     first, second, _ = trainer.network.blocks[0].auxiliary.head
     # From the stem's 64 channels at 8x8: layers 2 (512 channels at 4x4) and 4 (2048 at 1x1).
     assert first.conv3.weight.shape == (512, 128, 1, 1)
-    assert (first.conv2.stride, second.conv2.stride) == ((2, 2), (4, 4))
+    assert (first.conv2.stride, second.conv2.stride) == ((2, 2), (2, 2))
     assert len(trainer.step((torch.rand(4, 3, 32, 32), torch.arange(4))).losses) == 3
 
 

@@ -60,7 +60,8 @@ def chosen_layers(last: int, layers: int, depth: int) -> list[int]:
 
 
 def _stride(side: int, wanted: int) -> int:
-    return max(1, round(side / wanted))
+    """2 while the side is not yet that of the layer: where a block leaves a stage out, the next one halves again."""
+    return 2 if round(side / wanted) > 1 else 1
 
 
 def _blocks(features: Size, chosen: Sequence[Segment], site: Site) -> tuple[list[nn.Module], Size]:
@@ -74,8 +75,7 @@ def _blocks(features: Size, chosen: Sequence[Segment], site: Site) -> tuple[list
             )
         width = segment.shape[1]
         if len(features) == 4:
-            # The stride of the network's own layers: 2 for each halving of the side, which is where a ResNet doubles
-            # its width.
+            # A ResNet's own layers double their width where they halve the side.
             stride = _stride(features[2], segment.shape[2])
             blocks.append(residual_block(features[1], width, stride, segment.module))
             features = Size((features[0], width, *(-(-side // stride) for side in features[2:])))
