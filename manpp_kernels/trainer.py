@@ -243,12 +243,13 @@ class LocalTrainer:
 
         Returns:
             The history, a row for each epoch: ``epoch`` (from 1), ``train_loss`` and ``train_acc`` (the network's own,
-            over the epoch's steps), ``val_loss`` and ``val_acc`` (None without ``val_loader``), ``lr``, ``seconds`` (of
-            the training), ``seconds_per_step`` (without the first, which measures memory), ``images_per_second``,
-            ``peak_memory_bytes`` and ``memory`` (what that is: on CUDA the allocator's peak over the epoch, or what lay
-            there and what a captured step takes; elsewhere the peak of live saved tensors in its first step; both None
-            with ``measure_memory=False``). Ctrl-C ends it after the step at hand: the checkpoint is written,
-            ``interrupted`` set, the history so far returned; a second Ctrl-C raises at once.
+            over the epoch's steps), ``val_loss`` (by the loss trained by, label smoothing included) and ``val_acc``
+            (both None without ``val_loader``), ``lr``, ``seconds`` (of the training), ``seconds_per_step`` (without the
+            first, which measures memory), ``images_per_second``, ``peak_memory_bytes`` and ``memory`` (what that is: on
+            CUDA the allocator's peak over the epoch, or what lay there and what a captured step takes; elsewhere the
+            peak of live saved tensors in its first step; both None with ``measure_memory=False``). Ctrl-C ends it after
+            the step at hand: the checkpoint is written, ``interrupted`` set, the history so far returned; a second
+            Ctrl-C raises at once.
 
         Raises:
             TypeError: ``epochs`` is no whole number (an endless training is one of many: ``10**9``); or as
@@ -349,7 +350,7 @@ class LocalTrainer:
     def evaluate(self, loader: Iterable[Batch]) -> dict[str, float | None]:
         """The deployed model in evaluation mode: ``accuracy`` (0 to 1, None without classes), ``loss``, ``images``.
 
-        Batches without images are passed over.
+        The loss is the one trained by, label smoothing included. Batches without images are passed over.
 
         Raises:
             TypeError, ValueError: as :meth:`step`, but for the number of images; or there are none at all.

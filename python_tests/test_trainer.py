@@ -321,8 +321,10 @@ def test_the_mean_loss_of_an_epoch_is_over_images() -> None:
     assert row["train_loss"] == pytest.approx(sum(x * n for x, n in losses) / 12, rel=1e-6)
 
 
-def test_evaluate_is_the_deployed_model() -> None:
-    trainer = small_trainer()
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_evaluate_is_the_deployed_model(smoothing: float) -> None:
+    """Its loss is the one that is trained by."""
+    trainer = small_trainer(label_smoothing=smoothing)
     trainer.step(batch())
     images, targets = batch(10)
     # One batch without images: what a filter or a share of few images may leave.
@@ -333,7 +335,8 @@ def test_evaluate_is_the_deployed_model() -> None:
     logits = deployed(images)
     assert found["images"] == 10
     assert found["accuracy"] == pytest.approx((logits.argmax(1) == targets).double().mean().item())
-    assert found["loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-5)
+    loss = nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert trainer.model.training
 
 

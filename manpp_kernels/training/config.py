@@ -33,7 +33,7 @@ class TrainerConfig:
         learning_rate, sgd_momentum, nesterov, weight_decay: of SGD, where the trainer is given no optimizer; with a
             learning rate of None it has to be given one.
         schedule: how often a scheduler steps, every ``"epoch"`` or every ``"step"``.
-        label_smoothing: of the cross-entropy; with a criterion of one's own an error.
+        label_smoothing: of the cross-entropy, in training and evaluation alike; with a criterion of one's own an error.
         clip_norm: the most that the gradient norm of each block may be; None does not clip.
         accumulate: micro-batches that a batch is split into; their gradients are averaged by their sizes, and the EMA
             and the optimizer step once a batch.
