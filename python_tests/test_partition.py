@@ -343,6 +343,26 @@ def test_what_only_training_mode_shows_is_not_lost() -> None:
     partition(Noisy(0.0), example=(3, 8, 8))
 
 
+class Counter(nn.Module):
+    """Counts its calls in training mode, in a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+        return x.clone()
+
+
+def test_parameters_that_a_forward_pass_moves_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Counter(), nn.Linear(4, 4), nn.Linear(4, 2))
+    for balance in ("count", "memory"):
+        partition(model.train(), 2, example=(4,), balance=balance)
+        assert model[1].calls == 0
+
+
 def test_a_part_with_parameters_that_the_model_has_not() -> None:
     """A new batch normalisation is all but the identity, and would not show in what the parts give."""
 
