@@ -1,106 +1,264 @@
-"""Units that run once more in the backward pass, in the cases where that is more than running them again."""
+"""Models taken apart into stem, units and head, and what is refused."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from test_partition import convnet, mlp
 from torch import nn
-from torch.nn.utils import parametrizations, spectral_norm
 
-from manpp_kernels.local.recompute import Recomputed
-from manpp_kernels.models import CifarResNet
-from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+from manpp_kernels.local import Parts, adapt, partition
+from manpp_kernels.local.parts import reset_parameters
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    return images, torch.arange(8) % 4
+def test_sequential() -> None:
+    parts = partition(mlp(), example=(3, 4, 4))
+    assert parts.names() == [["stem"], ["3"], ["5"]]
+    parts = partition(convnet(), example=torch.randn(4, 3, 8, 8))
+    assert parts.names() == [["stem"], ["4"], ["8"]]
+    assert [type(m).__name__ for m in parts.parts.head] == ["AdaptiveAvgPool2d", "Flatten", "Linear"]
+    with pytest.raises(ValueError, match="has 1 layers with parameters"):
+        partition(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), example=(3, 4, 4))
 
 
-def trained(model: nn.Module, recompute: bool, **config) -> tuple[LocalTrainer, list[torch.Tensor]]:
-    """A trainer after three steps, and all losses of these."""
-    torch.manual_seed(1)
-    trainer = LocalTrainer(model, TrainerConfig(learning_rate=0.01, recompute=recompute, **config), example=(3, 8, 8))
-    return trainer, [loss for _ in range(3) for loss in trainer.step(batch()).losses]
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_torchvision(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    model = models.get_model(name, num_classes=5)
+    parts = partition(model, ["layer2.1", "layer3.1"], example=(3, 32, 32))
+    assert parts.segments[1].name == "layer1.0"
+    assert len(parts.segments) == {"resnet18": 9}.get(name, 17)
 
 
-def assert_alike(make, **config) -> None:
-    (plain, a), (again, b) = (trained(make(), recompute, **config) for recompute in (False, True))
-    assert any(isinstance(m, Recomputed) for m in again.network.modules())
-    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(plain.export_state_dict(), again.export_state_dict(), rtol=1e-5, atol=1e-6)
+def test_a_model_of_ones_own() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x)
+            for b in self.b:
+                x = b(x)
+            return self.c(x)
+
+    with pytest.raises(TypeError, match="no adapter for Mine; register a function"):
+        partition(Mine(), example=(4,))
+
+    @adapt.register(Mine)
+    def _(model: Mine) -> Parts:
+        return Parts(model.a, {f"b.{i}": m for i, m in enumerate(model.b)}, model.c)
+
+    assert partition(Mine(), example=torch.randn(3, 4)).names() == [["stem"], ["b.0"], ["b.1"]]
+
+    class Different(Mine):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    with pytest.raises(ValueError, match="do not give what the model itself gives"):
+        partition(Different(), example=(4,))
+
+    class Faint(Different):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.constant_(self.c.weight, 1e-9)  # outputs that are alike, whatever the image, as of a deep network
+            nn.init.zeros_(self.c.bias)
+
+    with pytest.raises(ValueError, match="do not give what the model itself gives"):
+        partition(Faint(), example=(4,))
+
+    class Rounded(Faint):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (0.5 + 1e-6)
+
+    partition(Rounded(), example=(4,))
+
+    class Extra(Mine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.d = nn.Linear(4, 4)
+
+    with pytest.raises(ValueError, match=r"leaves out the parameter d\.weight"):
+        partition(Extra(), example=(4,))
+
+    class Tied(Mine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b[1].weight = self.b[0].weight
+
+    with pytest.raises(ValueError, match=r"b\.0 and b\.1 share a parameter"):
+        partition(Tied(), example=(4,))
 
 
-@pytest.mark.parametrize("config", [{"rule": "e2e"}, {"rule": "dgl", "blocks": 3}, {"rule": "mlaan", "blocks": 3}])
-def test_whole_units_may_be_frozen(config: dict) -> None:
-    def frozen() -> nn.Module:
-        torch.manual_seed(0)
-        model = CifarResNet((2, 2, 1), num_classes=4, widths=(4, 6, 8))
-        for part in (model.conv1, model.bn1, model.layer1):
-            part.requires_grad_(False)
-        return model
+class Pooled(nn.Module):
+    """Maps to vectors, with or without a dropout of its own."""
 
-    assert_alike(frozen, **config)
-
-
-def test_a_frozen_unit_runs_again_where_a_gradient_passes_it() -> None:
-    runs: list[nn.Module] = []
-    unit = nn.Linear(4, 4).requires_grad_(False)
-    unit.register_forward_hook(lambda module, *_: runs.append(module))
-    Recomputed(unit)(torch.rand(2, 4, requires_grad=True)).sum().backward()
-    assert len(runs) == 2
-    assert not Recomputed(unit)(torch.rand(2, 4)).requires_grad
-    assert len(runs) == 3
-
-
-def test_a_unit_draws_the_same_random_numbers_the_second_time() -> None:
-    x = torch.ones(200, requires_grad=True)
-    y = Recomputed(nn.Dropout(0.5))(x)
-    after = torch.get_rng_state()
-    y.sum().backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad, y)  # 2 or 0
-    assert torch.equal(torch.get_rng_state(), after)
-
-
-@pytest.mark.parametrize("normalised", [parametrizations.spectral_norm, spectral_norm], ids=["parametrization", "hook"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"rule": "dgl", "blocks": 2},
-        {"rule": "dgl", "blocks": 2, "accumulate": 2},
-        {"rule": "mlaan", "rule_options": {"lb_init": "copy"}},
-    ],
-)
-def test_a_power_iteration_goes_on_once_a_step(normalised, config: dict) -> None:
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        layers = [
-            layer
-            for width in (3, 4, 4, 4)
-            for layer in (normalised(nn.Conv2d(width, 4, 3, padding=1, bias=False)), nn.ReLU())
-        ]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
-
-    assert_alike(model, **config)
-
-
-class DrawingOnTheHost(nn.Module):
-    """Stochastic depth by the host's random numbers."""
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.p = p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if torch.rand(()) < 0.5 else x * 2
+        return nn.functional.dropout(x.mean((2, 3)), self.p, self.training)
 
 
-@pytest.mark.parametrize("draws", [nn.Dropout(0.1), DrawingOnTheHost()])
-def test_a_unit_in_a_graph_draws_no_random_numbers(draws: nn.Module) -> None:
-    unit = Recomputed(nn.Sequential(nn.Linear(4, 4), draws))
-    x = torch.randn(2, 4)
-    unit(x).sum().backward()  # anywhere else it may
-    unit.capturable = True
-    with pytest.raises(RuntimeError, match=r"a unit \(Sequential\) draws random numbers"):
-        unit(x)
-    with torch.no_grad():  # nothing is recomputed
-        unit(x)
-    unit.unit[1] = nn.Identity()
-    unit(x).sum().backward()
+class Row(nn.Module):
+    """A network whose ``forward`` pools and drops out without modules, as many do."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+        self.a, self.c = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.b = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        for b in self.b:
+            x = b(x)
+        return self.c(nn.functional.dropout(x.mean((2, 3)), self.p, self.training))
+
+    def parts(self, stem: nn.Module | None = None, pool: nn.Module | None = None) -> Parts:
+        units = {f"b.{i}": unit for i, unit in enumerate(self.b)}
+        return Parts(stem or self.a, units, nn.Sequential(pool or Pooled(self.p), self.c))
+
+
+def test_what_only_training_mode_shows_is_not_lost() -> None:
+    @adapt.register(Row)
+    def _(model: Row) -> Parts:
+        return model.parts()
+
+    class Forgotten(Row):
+        pass
+
+    @adapt.register(Forgotten)
+    def _(model: Forgotten) -> Parts:
+        return model.parts(pool=Pooled())
+
+    model = Row().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    random = torch.get_rng_state()
+    partition(model, example=(3, 8, 8))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"Forgotten.*in training mode; .*F\.dropout"):
+        partition(Forgotten(), example=(3, 8, 8))
+    partition(Forgotten(0.0), example=(3, 8, 8))
+
+    class Supervised(Forgotten):
+        """Takes targets in training, so that there is nothing to compare with."""
+
+        error: type[Exception]
+
+        def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+            if self.training and targets is None:
+                raise self.error("targets")
+            return super().forward(x)
+
+    for Supervised.error in (ValueError, TypeError, AssertionError):
+        partition(Supervised(), example=(3, 8, 8))
+
+    class Noisy(Forgotten):
+        """Differs from one time to the next whatever the generators say."""
+
+        times = 0.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Noisy.times += self.training
+            return super().forward(x) + Noisy.times * self.training
+
+    partition(Noisy(0.0), example=(3, 8, 8))
+
+
+class Counter(nn.Module):
+    """Counts its calls in training mode, in a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+        return x.clone()
+
+
+def test_parameters_that_a_forward_pass_moves_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Counter(), nn.Linear(4, 4), nn.Linear(4, 2))
+    for balance in ("count", "memory"):
+        partition(model.train(), 2, example=(4,), balance=balance)
+        assert model[1].calls == 0
+
+
+def test_a_part_with_parameters_that_the_model_has_not() -> None:
+    """A new batch normalisation is all but the identity, and would not show in what the parts give."""
+
+    class Normalised(Row):
+        pass
+
+    @adapt.register(Normalised)
+    def _(model: Normalised) -> Parts:
+        return model.parts(stem=nn.Sequential(model.a, nn.BatchNorm2d(4)))
+
+    with pytest.raises(ValueError, match=r"adds the parameter 1\.weight to stem, which the model has not"):
+        partition(Normalised(), example=(3, 8, 8))
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_memory_that_does_not_suffice_is_no_fault_of_the_parts(error: type[Exception]) -> None:
+    class Large(Row):
+        pass
+
+    class Full(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise error("out of memory")
+
+    @adapt.register(Large)
+    def _(model: Large) -> Parts:
+        return model.parts(pool=Full())
+
+    with pytest.raises(error):
+        partition(Large(), example=(3, 8, 8))
+
+
+def test_parts_that_do_not_follow_each_other() -> None:
+    class Forked(Row):
+        pass
+
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return x, None
+
+    @adapt.register(Forked)
+    def _(model: Forked) -> Parts:
+        return model.parts(pool=nn.Flatten())
+
+    with pytest.raises(ValueError, match=r"head does not take \(2, 4, 2, 2\), which the parts before it give: mat1"):
+        partition(Forked(), example=(3, 8, 8))
+
+    class Paired(Row):
+        pass
+
+    @adapt.register(Paired)
+    def _(model: Paired) -> Parts:
+        return model.parts(stem=nn.Sequential(model.a, Pair()))
+
+    with pytest.raises(ValueError, match="stem returns tuple, and the next part takes one tensor"):
+        partition(Paired(), example=(3, 8, 8))
+
+
+def test_a_sequential_that_uses_a_module_twice() -> None:
+    relu, dropout = nn.ReLU(), nn.Dropout(0.5)
+    layers = [nn.Linear(48, 8), relu, dropout, nn.Linear(8, 8), relu, dropout, nn.Linear(8, 8), relu, dropout]
+    parts = adapt(nn.Sequential(nn.Flatten(), *layers, nn.Linear(8, 3)))
+    found = [[type(m).__name__ for m in part] for part in (parts.stem, *parts.units.values(), parts.head)]
+    unit = ["Linear", "ReLU", "Dropout"]
+    assert found == [["Flatten", *unit], unit, ["Linear", "ReLU"], ["Dropout", "Linear"]]
+
+
+def test_fresh_attention_is_fresh() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    before = {key: value.clone() for key, value in attention.state_dict().items()}
+    reset_parameters(attention)
+    for key in ("in_proj_weight", "out_proj.weight"):
+        assert not torch.equal(attention.state_dict()[key], before[key])
+    assert not attention.in_proj_bias.any()
+    assert not attention.out_proj.bias.any()
