@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -97,12 +98,19 @@ _tracing = torch._C._get_tracing_state  # by torch.jit, which takes no operator 
 _forward_ad = torch.autograd.forward_ad
 
 
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is under way, in compiled code or not."""
+    # By its type: to a function that torch.compile traces, what there is none of `is not None` all the same.
+    return type(_transform()) is not NoneType
+
+
 def transformed() -> bool:
-    """Whether a transform of ``torch.func``, or forward-mode differentiation, is under way.
+    """Whether a transform of ``torch.func``, or forward-mode differentiation, is under way, in compiled code or not.
 
     Of these an operator knows nothing, and PyTorch would take its derivative for zero: plain PyTorch has to serve.
     """
-    return _transform() is not None or _forward_ad._current_level >= 0
+    # in_transform(), without the call: this is asked at every call of an operator.
+    return type(_transform()) is not NoneType or _forward_ad._current_level >= 0
 
 
 PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhere

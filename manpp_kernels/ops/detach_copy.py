@@ -54,7 +54,7 @@ def detach_copy(
     check_tensor("x", x)
     check_options(x, dtype, memory_format)
     x = x.detach()
-    by_pytorch = not compiling and transformed()
+    by_pytorch = transformed()
     if out is None:
         layout = torch.preserve_format if memory_format is None else memory_format
         if by_pytorch:

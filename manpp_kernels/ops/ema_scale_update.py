@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manpp_kernels import backends
-from manpp_kernels._library import Operator, checked_operator, compiled_serves
+from manpp_kernels._library import Operator, checked_operator, compiled_serves, in_transform
 from manpp_kernels.backends import eager
 from manpp_kernels.ops import _checks
 from manpp_kernels.ops._checks import Rounding
@@ -351,7 +351,7 @@ def check_arguments(a: Arguments) -> None:
     compiling = torch.compiler.is_compiling()
     if not compiling and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (*a.ema, *a.params))):
         raise RuntimeError("a transform of torch.func sees no write in place; update the EMA outside of it")
-    if a.bias is not None and not compiling:
+    if a.bias is not None:
         check_no_transform(a.scale, a.bias)
     devices = {e.device for e in a.ema}
     for device in devices:
@@ -379,7 +379,7 @@ def check_no_transform(scale: Tensor | None, bias: list[Tensor]) -> None:
     dual = forward_ad._current_level >= 0 and any(
         isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in (scale, *bias)
     )
-    if dual or torch._C._functorch.peek_interpreter_stack() is not None:
+    if dual or in_transform():
         raise RuntimeError(
             "the effective weights are not differentiable by torch.func or in forward mode, which see no write in "
             "place; use torch.autograd, or update the EMA first and compute the weights inside the transform"

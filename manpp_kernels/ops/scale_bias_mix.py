@@ -136,6 +136,6 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
     if lb_out.dtype != ema_out.dtype:
         dtype = torch.promote_types(lb_out.dtype, ema_out.dtype)
         lb_out, ema_out = lb_out.to(dtype), ema_out.to(dtype)
-    if not torch.compiler.is_compiling() and transformed():
+    if transformed():
         return eager.scale_bias_mix(lb_out, ema_out, scale, float(total))
     return _mix(lb_out.device, lb_out, ema_out, scale.contiguous(), float(total))
