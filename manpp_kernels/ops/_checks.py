@@ -6,7 +6,7 @@ Each message names the argument, its index in the list, and what was found.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -161,6 +161,7 @@ def check_writable(ema: Sequence[Tensor]) -> None:
 
 
 Named = tuple[str, int | None, Tensor]  # the index of one in a list
+Span = tuple[Any, Any, bool, str, Tensor]  # where it starts and ends, whether it is written, its name
 
 
 class OverlapError(ValueError):
@@ -204,7 +205,7 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
 
     Of tensors whose storage was freed there is nothing to compare: they are an error, too.
     """
-    spans: list[tuple[int, int, bool, str, Tensor]] = []
+    spans: list[Span] = []
     for is_written, named in ((True, written), (False, read)):
         for argument, i, t in named:
             name = _label(argument, i)
@@ -221,13 +222,48 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
                 if start == 0 or freed(t):
                     raise ValueError(f"{name} has no memory: its storage was freed (by resize_(0), or by FSDP)")
                 spans.append((start, start + _extent(t), is_written, name, t))
+    _check_apart(spans, _overlap)
+
+
+def check_no_overlap_of_views(written: Iterable[Named], read: Iterable[Named]) -> None:
+    """The same for fake and meta tensors, which have no addresses, but know of which storage they are views.
+
+    So are those that torch.compile traces. Tensors with gaps, or of a size that depends on data, are let through.
+    """
+    spans: list[Span] = []
+    for is_written, named in ((True, written), (False, read)):
+        for argument, i, t in named:
+            dim = t.dim()
+            start, *rest = [_traced(n) for n in (t.storage_offset(), *t.shape, *t.stride())]
+            shape, stride, size = rest[:dim], rest[dim:], t.element_size()
+            if None in (start, *rest) or math.prod(shape) == 0:
+                continue
+            reach = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+            if is_written and reach < math.prod(shape):
+                raise _shares_with_itself(_label(argument, i), t)
+            if reach == math.prod(shape):
+                storage = t.untyped_storage()._cdata
+                begin, end = (storage, start * size), (storage, (start + reach) * size)
+                spans.append((begin, end, is_written, _label(argument, i), t))
+    _check_apart(spans, lambda a, b: True)
+
+
+def _traced(n: int | torch.SymInt) -> Any:
+    """A size as it is in the call that is being traced, without tying the trace to it; None where it is not known."""
+    if isinstance(n, int):
+        return n
+    return n.node.hint if n.node.has_hint() else None
+
+
+def _check_apart(spans: list[Span], overlap: Callable[[Tensor, Tensor], bool]) -> None:
+    """Raise where a span that is written meets another; ``overlap`` says whether the tensors of two that meet do."""
     spans.sort(key=lambda span: span[0])
-    live: list[tuple[int, int, bool, str, Tensor]] = []  # spans that reach past the one at hand
+    live: list[Span] = []  # those that reach past the one at hand
     for span in spans:
         live = [other for other in live if other[1] > span[0]]
         for other in live:
             # Spans may interleave without sharing a byte (two columns of one matrix): only then look at every byte.
-            if (span[2] or other[2]) and _overlap(span[4], other[4]):
+            if (span[2] or other[2]) and overlap(span[4], other[4]):
                 first, second = (span, other) if span[2] else (other, span)
                 raise OverlapError(f"{first[3]} overlaps {second[3]} in memory")
         live.append(span)
@@ -249,8 +285,11 @@ def _check_no_internal_overlap(name: str, t: Tensor) -> None:
         if size > 1:
             # Dimensions may interleave without sharing an element, which counting them shows.
             if stride <= reach and _bytes_of(t, t.data_ptr(), t.data_ptr() + _extent(t)).sum() < t.nbytes:
-                raise ValueError(
-                    f"{name} has elements that share memory (strides {t.stride()} for the shape "
-                    f"{tuple(t.shape)}); pass a .clone()"
-                )
+                raise _shares_with_itself(name, t)
             reach += (size - 1) * stride
+
+
+def _shares_with_itself(name: str, t: Tensor) -> ValueError:
+    return ValueError(
+        f"{name} has elements that share memory (strides {t.stride()} for the shape {tuple(t.shape)}); pass a .clone()"
+    )

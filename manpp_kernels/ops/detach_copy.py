@@ -12,7 +12,7 @@ from manpp_kernels.ops import _checks
 
 
 def _fake(x: Tensor, out: Tensor) -> None:
-    return None
+    _checks.check_no_overlap_of_views([("out", None, out)], [("x", None, x)])
 
 
 _copy = Operator("detach_copy", "(Tensor x, Tensor(a!) out) -> ()", fake=_fake, eager=eager.detach_copy)
@@ -47,6 +47,9 @@ def detach_copy(
         ValueError: ``out`` does not fit ``x``, overlaps it, or comes together with ``dtype`` or ``memory_format``;
             ``x`` has not the dimensions that ``memory_format`` needs.
         RuntimeError: ``out`` requires grad.
+
+        In a compiled function they are raised when it is traced: arguments of it that overlap in a later call alone,
+        and overlapping tensors with gaps, are not noticed there.
     """
     compiling = torch.compiler.is_compiling()
     if out is not None and dtype is None and memory_format is None and not compiling and _common_case(x, out):

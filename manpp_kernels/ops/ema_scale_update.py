@@ -16,8 +16,30 @@ from manpp_kernels.ops import _checks
 from manpp_kernels.ops._checks import Rounding
 
 
-def _fake(*args: Any) -> None:
+def _fake(
+    ema: list[Tensor],
+    params: list[Tensor],
+    momentum: float,
+    momentum_tensor: Tensor | None,
+    scale: Tensor | None,
+    bias: list[Tensor],
+    *others: Any,
+) -> None:
+    _checks.check_no_overlap_of_views(*_written_and_read(ema, params, momentum_tensor, scale, bias))
+
+
+def _fake_backward(*args: Any) -> None:
     return None
+
+
+def _written_and_read(
+    ema: Sequence[Tensor], params: Sequence[Tensor], momentum: Any, scale: Tensor | None, bias: Sequence[Tensor]
+) -> tuple[list[_checks.Named], list[_checks.Named]]:
+    """What an update writes, and what it reads besides, by their names."""
+    read: list[_checks.Named] = [("params", i, p) for i, p in enumerate(params)]
+    read += [("bias", i, b) for i, b in enumerate(bias)]
+    read += [(name, None, t) for name, t in (("momentum", momentum), ("scale", scale)) if isinstance(t, Tensor)]
+    return [("ema", i, e) for i, e in enumerate(ema)], read
 
 
 # The effective weights are written into `out` (empty where none are asked for) rather than returned: PyTorch can
@@ -34,7 +56,7 @@ _update_backward = Operator(
     "ema_scale_update_backward",
     "(Tensor[] grad, Tensor[] bias, Tensor[] ema, Tensor scale, int[] groups, float total,"
     " Tensor(a!)[] grad_bias, Tensor(b!)? grad_scale) -> ()",
-    fake=_fake,
+    fake=_fake_backward,
     eager=eager.ema_scale_update_backward,
 )
 
@@ -251,9 +273,12 @@ def ema_scale_update(
         ValueError: lists of different length; shapes or devices that differ; momentum outside [0, 1] or NaN; scale
             without bias or bias without scale; an ema that overlaps another tensor in memory; an unknown rounding.
         IndexError: a group out of range.
-        RuntimeError: an ema that requires grad while gradients are recorded.
+        RuntimeError: an ema that requires grad while gradients are recorded; effective weights under a transform of
+            ``torch.func`` or in forward mode.
 
-        All of them are raised before anything is written, and name the argument, the index and what was found.
+        All of them are raised before anything is written, and name the argument, the index and what was found. In a
+        compiled function they are raised when it is traced: arguments of it that overlap in a later call alone, and
+        overlapping tensors with gaps, are not noticed there, and the results are wrong.
     """
     ema, params = _checks.as_list("ema", ema), _checks.as_list("params", params)
     biases = None if bias is None else _checks.as_list("bias", bias)
@@ -366,11 +391,7 @@ def check_arguments(a: Arguments) -> None:
         _checks.check_momentum(a.momentum, a.momentum.device if isinstance(a.momentum, Tensor) else torch.device("cpu"))
     _checks.check_writable(a.ema)
     if not compiling:
-        read: list[_checks.Named] = [("params", i, p) for i, p in enumerate(a.params)]
-        read += [("bias", i, b) for i, b in enumerate(a.bias or ())]
-        scalars = (("momentum", a.momentum), ("scale", a.scale))
-        read += [(name, None, t) for name, t in scalars if isinstance(t, Tensor)]
-        _checks.check_no_overlap([("ema", i, e) for i, e in enumerate(a.ema)], read)
+        _checks.check_no_overlap(*_written_and_read(a.ema, a.params, a.momentum, a.scale, a.bias or ()))
 
 
 def check_no_transform(scale: Tensor | None, bias: list[Tensor]) -> None:
