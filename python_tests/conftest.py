@@ -43,6 +43,9 @@ TARGETS = [
 ]
 
 
+BACKENDS_ON_CPU = [b for b in manpp_kernels.available() if b in ("cpu", "eager")]
+
+
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Run the test once for each backend and device, with the backend in force."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Any
 
+import misuse
 import pytest
 import torch
-from conftest import Target
+from conftest import BACKENDS_ON_CPU, Target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import CHUNK_SIZES, DTYPES, LAYOUTS, SIZES, Sample, count
 
 from manpp_kernels import detach_copy
-from manpp_kernels.ops._checks import OverlapError
 
 SHAPES = [(), (5,), (3, 7), (2, 3, 5), (2, 9, 3, 3), (3, 33, 9, 7), (2, 4, 3, 2, 3), (0, 3), (2, 0, 3)]
 OTHER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -189,51 +188,10 @@ def test_inference_mode(target: Target) -> None:
     assert same(detach_copy(x), x.clone())
 
 
-X = torch.arange(6.0).view(2, 3)
-BASE = torch.zeros(12)
-ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
-    "x no tensor": (([1.0],), {}, TypeError, "x .*list"),
-    "x complex": ((X.cfloat(),), {}, TypeError, "complex64"),
-    "x sparse": ((X.to_sparse(),), {}, TypeError, r"x .*torch\.sparse_coo"),
-    "dtype complex": ((X,), {"dtype": torch.cdouble}, TypeError, "complex128"),
-    "dtype no dtype": ((X,), {"dtype": "float32"}, TypeError, "dtype .*str"),
-    "memory_format no format": ((X,), {"memory_format": "channels_last"}, TypeError, "memory_format .*str"),
-    "channels_last of two dimensions": (
-        (X,),
-        {"memory_format": torch.channels_last},
-        ValueError,
-        r"memory_format.*channels_last.*\(2, 3\)",
-    ),
-    "out no tensor": ((X, 3), {}, TypeError, "out .*int"),
-    "out complex": ((X, torch.zeros(2, 3, dtype=torch.cfloat)), {}, TypeError, "out .*complex64"),
-    "out sparse": ((X, X.to_sparse()), {}, TypeError, r"out .*torch\.sparse_coo"),
-    "out of another shape": ((X, torch.zeros(3, 2)), {}, ValueError, r"out .*\(3, 2\).*x \(2, 3\)"),
-    "out that would broadcast": ((X[:1], torch.zeros(2, 3)), {}, ValueError, r"out .*\(2, 3\).*x \(1, 3\)"),
-    "out on another device": ((X, X.to("meta")), {}, ValueError, "out is on meta, x on cpu"),
-    "out and dtype": ((X, torch.zeros(2, 3)), {"dtype": torch.half}, ValueError, "out .*dtype"),
-    "out and memory_format": (
-        (X, torch.zeros(2, 3)),
-        {"memory_format": torch.contiguous_format},
-        ValueError,
-        "out .*memory_format",
-    ),
-    "out is x": ((X, X), {}, ValueError, "out.* overlaps x"),
-    "out overlaps x": ((BASE[:6], BASE[5:11]), {}, ValueError, "out.* overlaps x"),
-    "out overlaps x from below": ((BASE[5:11], BASE[:6]), {}, ValueError, "out.* overlaps x"),
-    "out expanded": ((X, torch.zeros(1).expand(2, 3)), {}, ValueError, "out.* share memory"),
-    "out requires grad": ((X, torch.zeros(2, 3, requires_grad=True)), {}, RuntimeError, "out requires grad"),
-}
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_misuse(case: str) -> None:
-    arguments, options, kind, message = ERRORS[case]
-    before = [a.clone() if isinstance(a, torch.Tensor) and not a.is_sparse else None for a in arguments]
-    with pytest.raises(kind, match=message) as error:
-        detach_copy(*arguments, **options)
-    assert error.type is (OverlapError if " overlaps " in str(error.value) else kind)
-    for a, b in zip(arguments, before, strict=True):
-        assert b is None or b.is_meta or torch.equal(a, b)
+@pytest.mark.parametrize("backend", BACKENDS_ON_CPU)
+@pytest.mark.parametrize("case", misuse.DETACH_COPY)
+def test_misuse(case: str, backend: str) -> None:
+    misuse.check_detach_copy(case, backend)
 
 
 @pytest.mark.skipif(not os.environ.get("MANPP_TEST_LARGE"), reason="needs 9 GB: set MANPP_TEST_LARGE=1")

@@ -3,267 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
 
+import misuse
 import pytest
 import torch
+from conftest import BACKENDS_ON_CPU
+from misuse import EMA_SCALE_UPDATE as CASES
+from misuse import negated, same_bytes, tensors_of, valid
 from torch import Tensor
-from torch.testing._internal.two_tensor import TwoTensor
 
 import manpp_kernels
 from manpp_kernels import EmaPlan, ema_scale_update
-from manpp_kernels.ops._checks import OverlapError
-
-Arguments = dict[str, Any]
 
 
-def valid() -> Arguments:
-    """Arguments that work, with everything in use; each case below breaks one of them."""
-    torch.manual_seed(0)
-    return {
-        "ema": [torch.randn(3), torch.randn(2, 4)],
-        "params": [torch.randn(3), torch.randn(2, 4)],
-        "momentum": 0.9,
-        "scale": torch.tensor([1.0, 0.5]),
-        "bias": [torch.randn(3), torch.randn(2, 4)],
-        "groups": [0, 1],
-    }
-
-
-def replaced(name: str, value: Any, index: int | None = None) -> Callable[[Arguments], None]:
-    def change(a: Arguments) -> None:
-        if index is None:
-            a[name] = value
-        else:
-            a[name][index] = value
-
-    return change
-
-
-def without(*names: str) -> Callable[[Arguments], None]:
-    def change(a: Arguments) -> None:
-        for name in names:
-            del a[name]
-
-    return change
-
-
-def both(*changes: Callable[[Arguments], None]) -> Callable[[Arguments], None]:
-    def change(a: Arguments) -> None:
-        for c in changes:
-            c(a)
-
-    return change
-
-
-def aliased(written: str, i: int, read: str, j: int) -> Callable[[Arguments], None]:
-    def change(a: Arguments) -> None:
-        a[written][i] = a[read][j].view(a[written][i].shape)
-
-    return change
-
-
-def _same_ema_twice(a: Arguments) -> None:
-    ema = torch.randn(3)
-    a["ema"], a["params"], a["bias"] = [ema, ema], [ema + 1, ema + 2], [ema + 3, ema + 4]
-
-
-def _ema_is_params_elsewhere(a: Arguments) -> None:
-    for name in ("ema", "params", "bias"):
-        a[name][0] = torch.randn(8)
-    a["ema"][1] = a["params"][0].view(2, 4)
-
-
-def _overlapping_views(a: Arguments) -> None:
-    base = torch.randn(16)
-    a["ema"] = [base[5:8], base[7:15].view(2, 4)]
-
-
-def _overlapping_params(a: Arguments) -> None:
-    base = torch.randn(16)
-    a["ema"][1], a["params"][1] = base[:8].view(2, 4), base[4:12].view(2, 4)
-
-
-def _overlapping_by_one_byte_of_another_dtype(a: Arguments) -> None:
-    base = torch.zeros(16)
-    a["ema"][0] = base[:3]
-    a["params"][0] = base.view(torch.bfloat16)[5:8]
-
-
-def _column_crosses_row(a: Arguments) -> None:
-    base = torch.randn(4, 4)
-    a["ema"] = [base[2, :3], base[:, 1:3].T]
-
-
-def _scale_is_in_ema(a: Arguments) -> None:
-    a["scale"] = a["ema"][0][1:]
-
-
-def _scale_reaches_into_ema(a: Arguments) -> None:
-    base = torch.randn(4)
-    a["scale"], a["ema"][0] = base[:2], base[1:]
-
-
-def _momentum_is_in_ema(a: Arguments) -> None:
-    a["momentum"] = a["ema"][1][0, 3]
-
-
-def _negated() -> Tensor:
-    return torch.randn(3, dtype=torch.complex64).conj().imag
-
-
-SPARSE = torch.eye(2, 4).to_sparse()
-CASES: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
-    "ema is no tensor": (replaced("ema", None), TypeError, r"ema .*NoneType"),
-    "params is no tensor": (replaced("params", 3.5), TypeError, r"params .*float"),
-    "bias is no list": (replaced("bias", 1), TypeError, r"bias .*int"),
-    "ema[1] is no tensor": (replaced("ema", 1.5, 1), TypeError, r"ema\[1\].*float"),
-    "params[0] is no tensor": (replaced("params", [1.0] * 3, 0), TypeError, r"params\[0\].*list"),
-    "bias[1] is no tensor": (replaced("bias", None, 1), TypeError, r"bias\[1\].*NoneType"),
-    "ema of integers": (replaced("ema", torch.arange(3), 0), TypeError, r"ema\[0\].*torch\.int64"),
-    "params of integers": (replaced("params", torch.arange(3), 0), TypeError, r"params\[0\].*torch\.int64"),
-    "bias of booleans": (replaced("bias", torch.ones(3, dtype=torch.bool), 0), TypeError, r"bias\[0\].*torch\.bool"),
-    "ema complex": (replaced("ema", torch.ones(3, dtype=torch.cfloat), 0), TypeError, r"ema\[0\].*torch\.complex64"),
-    "ema float8": (
-        replaced("ema", torch.ones(3).to(torch.float8_e4m3fn), 0),
-        TypeError,
-        r"ema\[0\].*torch\.float8_e4m3fn",
-    ),
-    "ema sparse": (replaced("ema", SPARSE, 1), TypeError, r"ema\[1\].*torch\.sparse_coo"),
-    "params sparse": (replaced("params", SPARSE, 1), TypeError, r"params\[1\].*torch\.sparse_coo"),
-    "too few params": (replaced("params", [torch.ones(3)]), ValueError, r"params has 1 .*ema has 2"),
-    "too many bias": (replaced("bias", [torch.ones(3)] * 3), ValueError, r"bias has 3 .*ema has 2"),
-    "params of another shape": (
-        replaced("params", torch.ones(4, 2), 1),
-        ValueError,
-        r"params\[1\].*\(4, 2\).*ema\[1\].*\(2, 4\)",
-    ),
-    "params that would broadcast": (replaced("params", torch.ones(1), 0), ValueError, r"params\[0\].*\(1,\).*\(3,\)"),
-    "bias of another shape": (replaced("bias", torch.ones(8), 1), ValueError, r"bias\[1\].*\(8,\).*\(2, 4\)"),
-    "params on another device": (
-        replaced("params", torch.ones(3, device="meta"), 0),
-        ValueError,
-        r"params\[0\] is on meta, ema\[0\] on cpu",
-    ),
-    "bias on another device": (
-        replaced("bias", torch.ones(2, 4, device="meta"), 1),
-        ValueError,
-        r"bias\[1\] is on meta, ema\[1\] on cpu",
-    ),
-    "scale on another device": (
-        replaced("scale", torch.ones(2, device="meta")),
-        ValueError,
-        r"scale is on meta.*cpu",
-    ),
-    "momentum below": (replaced("momentum", -1e-9), ValueError, r"momentum.*\[0, 1\].*-1e-09"),
-    "momentum above": (replaced("momentum", 1.0000001), ValueError, r"momentum.*\[0, 1\].*1\.0000001"),
-    "momentum NaN": (replaced("momentum", float("nan")), ValueError, r"momentum.*\[0, 1\].*nan"),
-    "momentum infinite": (replaced("momentum", float("inf")), ValueError, r"momentum.*\[0, 1\].*inf"),
-    "momentum a string": (replaced("momentum", "0.9"), TypeError, r"momentum.*str"),
-    "momentum None": (replaced("momentum", None), TypeError, r"momentum.*NoneType"),
-    "momentum a bool": (replaced("momentum", True), TypeError, r"momentum.*bool"),
-    "momentum of one entry": (replaced("momentum", torch.tensor([0.9])), ValueError, r"momentum.*0-dim.*\(1,\)"),
-    "momentum an integer tensor": (replaced("momentum", torch.tensor(1)), TypeError, r"momentum.*torch\.int64"),
-    "momentum on another device": (
-        replaced("momentum", torch.tensor(0.9, device="meta")),
-        ValueError,
-        r"momentum is on meta, ema on cpu",
-    ),
-    "scale without bias": (without("bias", "groups"), ValueError, r"scale and bias.*bias is missing"),
-    "bias without scale": (without("scale", "groups"), ValueError, r"scale and bias.*scale is missing"),
-    "groups alone": (without("scale", "bias"), ValueError, r"groups.*no scale"),
-    "scale a float": (replaced("scale", 1.0), TypeError, r"scale.*float"),
-    "scale of integers": (replaced("scale", torch.ones(2, dtype=torch.int32)), TypeError, r"scale.*torch\.int32"),
-    "scale of two dimensions": (replaced("scale", torch.ones(2, 1)), ValueError, r"scale.*\(2, 1\)"),
-    "scale of several entries, no groups": (without("groups"), ValueError, r"scale has 2 entries.*groups"),
-    "too few groups": (replaced("groups", [0]), ValueError, r"groups has 1 .*ema has 2"),
-    "group too large": (replaced("groups", 2, 1), IndexError, r"groups\[1\] is 2.*scale has 2"),
-    "group negative": (replaced("groups", -1, 0), IndexError, r"groups\[0\] is -1.*scale has 2"),
-    "group a bool": (replaced("groups", True, 1), TypeError, r"groups\[1\].*bool"),
-    "group a float": (replaced("groups", 1.0, 1), TypeError, r"groups\[1\].*float"),
-    "group out of an empty scale": (
-        both(replaced("scale", torch.ones(0)), replaced("groups", [0, 0])),
-        IndexError,
-        r"groups\[0\] is 0.*scale has 0",
-    ),
-    "total NaN": (replaced("total", float("nan")), ValueError, r"total.*nan"),
-    "total infinite": (replaced("total", float("inf")), ValueError, r"total.*inf"),
-    "total a bool": (replaced("total", True), TypeError, r"total.*bool"),
-    "total a string": (replaced("total", "2"), TypeError, r"total.*str"),
-    "unknown rounding": (replaced("rounding", "up"), ValueError, r"rounding.*nearest, stochastic.*'up'"),
-    "rounding None": (replaced("rounding", None), ValueError, r"rounding.*nearest, stochastic.*None"),
-    "generator no generator": (
-        both(replaced("rounding", "stochastic"), replaced("generator", 7)),
-        TypeError,
-        r"generator .*int",
-    ),
-    "ema requires grad": (replaced("ema", torch.ones(3, requires_grad=True), 0), RuntimeError, r"ema\[0\].*no_grad"),
-    "a later ema requires grad": (
-        replaced("ema", torch.ones(2, 4, requires_grad=True), 1),
-        RuntimeError,
-        r"ema\[1\].*no_grad",
-    ),
-    "ema twice": (_same_ema_twice, ValueError, r"ema\[[01]\] overlaps ema\[[01]\]"),
-    "ema is params": (aliased("ema", 1, "params", 1), ValueError, r"ema\[1\] overlaps params\[1\]"),
-    "ema is the params of another pair": (_ema_is_params_elsewhere, ValueError, r"ema\[1\] overlaps params\[0\]"),
-    "ema is bias": (aliased("ema", 0, "bias", 0), ValueError, r"ema\[0\] overlaps bias\[0\]"),
-    "ema is a later bias": (aliased("ema", 1, "bias", 1), ValueError, r"ema\[1\] overlaps bias\[1\]"),
-    "ema holds the last entry of scale": (_scale_reaches_into_ema, ValueError, r"ema\[0\] overlaps scale in memory"),
-    "ema holds scale": (_scale_is_in_ema, ValueError, r"ema\[0\] overlaps scale in memory"),
-    "ema holds momentum": (_momentum_is_in_ema, ValueError, r"ema\[1\] overlaps momentum in memory"),
-    "ema views overlap": (_overlapping_views, ValueError, r"ema\[[01]\] overlaps ema\[[01]\]"),
-    "ema and params views overlap": (_overlapping_params, ValueError, r"ema\[1\] overlaps params\[1\]"),
-    "overlap across dtypes": (_overlapping_by_one_byte_of_another_dtype, ValueError, r"ema\[0\] overlaps params\[0\]"),
-    "a column crosses a row": (_column_crosses_row, ValueError, r"ema\[[01]\] overlaps ema\[[01]\]"),
-    "ema lazily negated": (replaced("ema", _negated(), 0), TypeError, r"ema\[0\].*lazily negated.*resolve_neg"),
-    "ema a wrapper of tensors": (
-        replaced("ema", TwoTensor(torch.randn(3), torch.randn(3)), 0),
-        TypeError,
-        r"ema\[0\] is a TwoTensor",
-    ),
-    "ema expanded": (replaced("ema", torch.ones(1).expand(3), 0), ValueError, r"ema\[0\].*share memory"),
-    "ema strided over itself": (
-        replaced("ema", torch.ones(16).as_strided((2, 4), (2, 1)), 1),
-        ValueError,
-        r"ema\[1\].*share memory",
-    ),
-}
-
-
-def tensors_of(arguments: Arguments) -> list[Tensor]:
-    found = []
-    for value in arguments.values():
-        for t in value if isinstance(value, list) else [value]:
-            if isinstance(t, Tensor) and not t.is_meta and t.layout == torch.strided:
-                found.append(t)
-    return found
-
-
-ON_CPU = [b for b in manpp_kernels.available() if b in ("cpu", "eager")]
-
-
-def same_bytes(a: Tensor, b: Tensor) -> bool:
-    a, b = a.detach().clone(memory_format=torch.contiguous_format), b.clone(memory_format=torch.contiguous_format)
-    return torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
-
-
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", BACKENDS_ON_CPU)
 @pytest.mark.parametrize("case", CASES)
 def test_misuse(case: str, backend: str) -> None:
-    change, kind, message = CASES[case]
-    arguments = valid()
-    change(arguments)
-    tensors = tensors_of(arguments)
-    before = [t.detach().clone() for t in tensors]
-    versions = [t._version for t in tensors]
-    with pytest.raises(kind) as error, manpp_kernels.use_backend(backend):
-        ema_scale_update(**arguments)
-    assert error.type is (OverlapError if " overlaps " in str(error.value) else kind)
-    assert re.search(message, str(error.value)), str(error.value)
-    for t, b, version in zip(tensors, before, versions, strict=True):
-        assert same_bytes(t, b)
-        assert t._version == version
+    misuse.check_ema_scale_update(case, backend)
 
 
 LATER = [
@@ -273,7 +29,7 @@ LATER = [
 ]
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", BACKENDS_ON_CPU)
 @pytest.mark.parametrize("case", LATER)
 def test_misuse_of_a_later_update(case: str, backend: str) -> None:
     """What an update is given is looked at each time, not when the plan is built alone."""
@@ -293,7 +49,7 @@ def test_misuse_of_a_later_update(case: str, backend: str) -> None:
     assert all(map(torch.equal, ema, before))
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", BACKENDS_ON_CPU)
 @pytest.mark.parametrize("case", CASES)
 def test_misuse_of_a_plan(case: str, backend: str) -> None:
     """A plan says the same, when it is made or at its first update."""
@@ -335,7 +91,7 @@ def test_elements_that_interleave_and_share_no_memory() -> None:
 
 
 def test_views_that_are_lazily_negated_are_read_as_what_they_are() -> None:
-    arguments = valid() | {"params": [_negated(), valid()["params"][1]], "bias": [_negated(), valid()["bias"][1]]}
+    arguments = valid() | {"params": [negated(), valid()["params"][1]], "bias": [negated(), valid()["bias"][1]]}
     arguments["scale"] = torch.randn(2, dtype=torch.complex64).conj().imag
     plain = {name: [t.clone() for t in value] for name, value in arguments.items() if name in ("ema", "params", "bias")}
     expected = ema_scale_update(**(arguments | plain | {"scale": arguments["scale"].clone()}))

@@ -7,9 +7,10 @@ import math
 import os
 from typing import Any
 
+import misuse
 import pytest
 import torch
-from conftest import Target
+from conftest import BACKENDS_ON_CPU, Target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import (
@@ -274,39 +275,10 @@ def test_autograd_sees_a_write_to_what_was_kept(target: Target) -> None:
         out.sum().backward()
 
 
-MAP = torch.ones(2, 3, 4)
-ERRORS: dict[str, tuple[tuple[Any, Any, Any], dict[str, Any], type[Exception], str]] = {
-    "lb_out no tensor": ((1.0, MAP, MAP), {}, TypeError, "lb_out .*float"),
-    "ema_out no tensor": ((MAP, None, MAP), {}, TypeError, "ema_out .*NoneType"),
-    "scale no tensor": ((MAP, MAP, 1.0), {}, TypeError, "scale .*float"),
-    "lb_out of integers": ((MAP.int(), MAP, torch.tensor(1.0)), {}, TypeError, r"lb_out .*torch\.int32"),
-    "ema_out of integers": ((MAP, MAP.long(), torch.tensor(1.0)), {}, TypeError, r"ema_out .*torch\.int64"),
-    "scale of integers": ((MAP, MAP, torch.tensor(1)), {}, TypeError, r"scale .*torch\.int64"),
-    "complex": ((MAP.cfloat(), MAP, torch.tensor(1.0)), {}, TypeError, r"lb_out .*torch\.complex64"),
-    "float8": (
-        (MAP.to(torch.float8_e5m2), MAP.to(torch.float8_e5m2), torch.tensor(1.0)),
-        {},
-        TypeError,
-        r"lb_out .*torch\.float8_e5m2",
-    ),
-    "sparse": ((MAP.to_sparse(), MAP, torch.tensor(1.0)), {}, TypeError, r"lb_out .*torch\.sparse_coo"),
-    "shapes": ((MAP, MAP[:1], torch.tensor(1.0)), {}, ValueError, r"ema_out .*\(1, 3, 4\).*\(2, 3, 4\)"),
-    "device of ema_out": ((MAP, MAP.to("meta"), torch.tensor(1.0)), {}, ValueError, "ema_out is on meta.*cpu"),
-    "device of scale": ((MAP, MAP, torch.tensor(1.0, device="meta")), {}, ValueError, "scale is on meta.*cpu"),
-    "channels": ((MAP, MAP, torch.ones(4)), {}, ValueError, r"scale .*\(3,\).*\(4,\)"),
-    "scale of two dimensions": ((MAP, MAP, torch.ones(3, 1)), {}, ValueError, r"scale .*\(3, 1\)"),
-    "no channels": ((MAP[0, 0], MAP[0, 0], torch.ones(4)), {}, ValueError, r"scale .*\(4,\)"),
-    "total NaN": ((MAP, MAP, torch.tensor(1.0)), {"total": math.nan}, ValueError, "total .*nan"),
-    "total a string": ((MAP, MAP, torch.tensor(1.0)), {"total": "2"}, TypeError, "total .*str"),
-}
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_misuse(case: str) -> None:
-    arguments, options, kind, message = ERRORS[case]
-    with pytest.raises(kind, match=message) as error:
-        scale_bias_mix(*arguments, **options)
-    assert error.type is kind
+@pytest.mark.parametrize("backend", BACKENDS_ON_CPU)
+@pytest.mark.parametrize("case", misuse.SCALE_BIAS_MIX)
+def test_misuse(case: str, backend: str) -> None:
+    misuse.check_scale_bias_mix(case, backend)
 
 
 @pytest.mark.skipif(not os.environ.get("MANPP_TEST_LARGE"), reason="needs 17 GB: set MANPP_TEST_LARGE=1")
