@@ -25,6 +25,9 @@ library.define(
 library.impl("_plan_create", lambda *_: 0, "Negative")
 
 
+_MOST_GROUP = 2**31 - 1  # that a launch has room for; of an operator, scale is there to compare with
+
+
 @dataclasses.dataclass(frozen=True)
 class _Lists:
     """What a plan was built for; bias, groups and weights are empty without effective weights."""
@@ -187,7 +190,8 @@ class EmaPlan:
     ) -> None:
         self.ema, self.params = _checks.as_list("ema", ema), _checks.as_list("params", params)
         self.bias = None if bias is None else _checks.as_list("bias", bias)
-        self.groups = None if groups is None else list(groups)
+        groups = _checks.as_groups(groups, most=_MOST_GROUP)
+        self.groups = None if groups is None else groups.copy()
         _checks.check_total(total)
         self.total, self.rounding, self.generator = float(total), rounding, generator
         self.weights: list[Tensor] | None = None
@@ -196,10 +200,10 @@ class EmaPlan:
     def _build(self, momentum: float | Tensor = 0.0, scale: Tensor | None = None) -> None:
         """Checks the tensors as they are now, and forgets what was prepared for where they were."""
         # How many entries scale has shows at every update, and is compared with this.
-        self._entries = max(1, 1 + max((g for g in self.groups or () if isinstance(g, int)), default=0))
+        self._entries = max(1, 1 + max(self.groups or (), default=0))
         if self.bias is not None and scale is None:
             on = self.ema[0].device if self.ema and isinstance(self.ema[0], Tensor) else None
-            scale = torch.empty(self._entries, device=on)
+            scale = torch.empty((), device=on).expand(self._entries)
         with torch.no_grad():  # whether ema may be written is asked at an update
             op.check_arguments(
                 op.Arguments(

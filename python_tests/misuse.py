@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -178,6 +179,13 @@ EMA_SCALE_UPDATE: dict[str, tuple[Callable[[Arguments], None], type[Exception], 
     "scale of integers": (replaced("scale", torch.ones(2, dtype=torch.int32)), TypeError, r"scale.*torch\.int32"),
     "scale of two dimensions": (replaced("scale", torch.ones(2, 1)), ValueError, r"scale.*\(2, 1\)"),
     "scale of several entries, no groups": (without("groups"), ValueError, r"scale has 2 entries.*groups"),
+    "group beyond 64 bits": (replaced("groups", 2**64, 1), IndexError, rf"groups\[1\] is {2**64}.*scale has"),
+    "group far below 0": (replaced("groups", -(2**64), 0), IndexError, rf"groups\[0\] is -{2**64}.*scale has"),
+    "groups an int": (replaced("groups", 0), TypeError, r"groups has to be a sequence of ints, and is int"),
+    "groups an array without dimensions": (replaced("groups", np.array(0)), TypeError, r"groups.*ndarray"),
+    "groups an array of floats": (replaced("groups", np.array([0.0, 1.0])), TypeError, r"groups\[0\].*float64"),
+    "groups an array of two dimensions": (replaced("groups", np.array([[0, 1]])), TypeError, r"groups\[0\].*ndarray"),
+    "groups a tensor": (replaced("groups", torch.tensor([0, 1])), TypeError, r"groups\[0\].*Tensor.*tolist"),
     "too few groups": (replaced("groups", [0]), ValueError, r"groups has 1 .*ema has 2"),
     "group too large": (replaced("groups", 2, 1), IndexError, r"groups\[1\] is 2.*scale has 2"),
     "group negative": (replaced("groups", -1, 0), IndexError, r"groups\[0\] is -1.*scale has 2"),

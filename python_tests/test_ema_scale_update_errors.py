@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import misuse
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS_ON_CPU
@@ -77,6 +79,22 @@ def test_columns_of_one_matrix_under_another_default_device() -> None:
     matrix = torch.zeros(4, 2)
     with torch.device("meta"):
         ema_scale_update([matrix[:, 0]], [matrix[:, 1]], 0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS_ON_CPU)
+@pytest.mark.parametrize("groups", [(0, 1), range(2), np.array([0, 1]), [np.int32(0), 1]], ids=repr)
+def test_groups_of_other_types(groups: Any, backend: str) -> None:
+    with manpp_kernels.use_backend(backend):
+        expected = ema_scale_update(**valid())
+        found = ema_scale_update(**(valid() | {"groups": groups}))
+        iterated = ema_scale_update(**(valid() | {"groups": iter(groups)}))
+        arguments = valid() | {"groups": groups}
+        momentum, scale = arguments.pop("momentum"), arguments.pop("scale")
+        planned = EmaPlan(**arguments).update(momentum, scale)
+    for a, b, c, d in zip(expected, found, iterated, planned, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert torch.equal(a, d)
 
 
 def test_the_arguments_do_work() -> None:

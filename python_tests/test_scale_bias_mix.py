@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import misuse
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS_ON_CPU, Target
@@ -184,6 +185,13 @@ def test_totals_and_special_scales(target: Target, total: float) -> None:
         lb, ema = maps((2, 4, 6), dtype, target.device)
         for value in (0.0, 1.0, 2.0, -3.5):
             check(lb, ema, torch.tensor(value, device=target.device), total)
+
+
+@pytest.mark.parametrize("total", [2, np.float32(2), np.int64(2)], ids=lambda total: type(total).__name__)
+def test_totals_of_other_types_of_number(target: Target, total: Any) -> None:
+    lb, ema = maps((2, 4, 6), torch.float32, target.device)
+    scale = torch.tensor(0.75, device=target.device)
+    assert torch.equal(scale_bias_mix(lb, ema, scale, total=total), scale_bias_mix(lb, ema, scale, total=2.0))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

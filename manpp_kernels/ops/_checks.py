@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,6 +34,30 @@ def as_list(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return list(tensors)
 
 
+def as_groups(groups: Iterable[int] | None, most: int | None = None) -> list[int] | None:
+    """Any iterable of integers, NumPy's included, as a list of int; none of them above ``most``, if given."""
+    if groups is None:
+        return None
+    if type(groups) is not list or not {int}.issuperset(map(type, groups)):
+        try:
+            entries = list(groups)
+        except TypeError:  # also for a NumPy array without dimensions
+            raise TypeError(f"groups has to be a sequence of ints, and is {type(groups).__name__}") from None
+        groups = [_as_group(i, group) for i, group in enumerate(entries)]
+    for i, group in enumerate(groups) if most is not None else ():
+        if group > most:
+            raise IndexError(f"groups[{i}] is {group}, and no scale has so many entries")
+    return groups
+
+
+def _as_group(i: int, group: Any) -> int:
+    if not isinstance(group, Integral) or isinstance(group, bool):
+        # A tensor may be on a device, and would have to be waited for.
+        hint = "; pass the .tolist() of a tensor" if isinstance(group, Tensor) else ""
+        raise TypeError(f"groups[{i}] has to be an int, and is {type(group).__name__}{hint}")
+    return int(group)
+
+
 def check_tensor(name: str, t: Tensor, i: int | None = None) -> None:
     """A dense tensor of one of the four floating dtypes; ``i`` is its index, if it is one of a list."""
     if not isinstance(t, Tensor):
@@ -50,7 +74,7 @@ def _label(name: str, i: int | None) -> str:
 
 def check_total(total: float) -> None:
     """A finite number."""
-    if isinstance(total, bool) or not isinstance(total, int | float):
+    if not _is_number(total):
         raise TypeError(f"total has to be a float, and is {type(total).__name__}")
     if not -math.inf < total < math.inf:  # False for NaN too; unlike isfinite, torch.compile can trace it
         raise ValueError(f"total has to be finite, and is {total}")
@@ -134,8 +158,6 @@ def check_scale(
     if len(groups) != count:
         raise ValueError(f"groups has {len(groups)} entries and ema has {count}; they go in pairs")
     for i, group in enumerate(groups):
-        if not isinstance(group, int) or isinstance(group, bool):
-            raise TypeError(f"groups[{i}] has to be an int, and is {type(group).__name__}")
         if not 0 <= group < scale.numel():
             raise IndexError(f"groups[{i}] is {group}, and scale has {scale.numel()} entries")
 

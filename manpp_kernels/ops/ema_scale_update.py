@@ -257,7 +257,8 @@ def ema_scale_update(
             alone (for schedules under CUDA graphs) and therefore not checked.
         scale: 0-dim, or one entry per group, on ema's device. Comes together with ``bias``.
         bias: pairwise of the same shape and device as ema. Comes together with ``scale``.
-        groups: for each tensor the entry of ``scale`` that it takes; may be left away where scale has one entry.
+        groups: for each tensor the entry of ``scale`` that it takes, an integer (Python's or NumPy's); may be left away
+            where scale has one entry.
         total: what the two coefficients sum to; 2 as published.
         rounding: how bfloat16 and float16 EMAs are stored. ``"stochastic"`` rounds up or down at random with the odds
             that make the mean exact, reproducible under :func:`torch.manual_seed`. With ``"nearest"`` a bfloat16 EMA
@@ -269,7 +270,7 @@ def ema_scale_update(
         recorded they are not to be modified in place.
 
     Raises:
-        TypeError: an entry is not a dense floating tensor, or momentum not a number.
+        TypeError: an entry is not a dense floating tensor, momentum or total not a number, or a group not an integer.
         ValueError: lists of different length; shapes or devices that differ; momentum outside [0, 1] or NaN; scale
             without bias or bias without scale; an ema that overlaps another tensor in memory; an unknown rounding.
         IndexError: a group out of range.
@@ -282,6 +283,7 @@ def ema_scale_update(
     """
     ema, params = _checks.as_list("ema", ema), _checks.as_list("params", params)
     biases = None if bias is None else _checks.as_list("bias", bias)
+    groups = _checks.as_groups(groups)
     if rounding == "nearest" and not torch.compiler.is_compiling():
         done, out = _common_case(ema, params, momentum, scale, biases, groups, total)
         if done:
@@ -302,7 +304,7 @@ def _common_case(
     momentum: float | Tensor,
     scale: Tensor | None,
     bias: list[Tensor] | None,
-    groups: Sequence[int] | None,
+    groups: list[int] | None,
     total: float,
 ) -> tuple[bool, list[Tensor] | None]:
     """Does the update where a compiled backend can, checking as it goes; (False, None), nothing written, elsewhere.
@@ -322,12 +324,14 @@ def _common_case(
         return False, None
     if scale is None or bias is None:
         return _update_alone(ema, params, momentum), None
-    if not {int}.issuperset(map(type, groups or ())):
-        return False, None
     try:
-        out = _scale_update_checked(ema, params, momentum, scale.detach().contiguous(), bias, list(groups or ()), total)
+        out = _scale_update_checked(ema, params, momentum, scale.detach().contiguous(), bias, groups or [], total)
     except NotImplementedError:  # sparse tensors
         return False, None
+    except RuntimeError:
+        if all(-(2**63) <= group < 2**63 for group in groups or ()):
+            raise
+        return False, None  # a group that the dispatcher has no integer for
     return bool(out), out
 
 
