@@ -86,8 +86,9 @@ def checked_operator(name: str, signature: str, *, declined: Any) -> Callable[..
     library.define(f"{name}{signature}")
     # Past autograd: a write in place would ask its leave, and a detached alias of every tensor takes longer than that.
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    # Views that are lazily negated, of which the memory is not the value.
+    # Views that are lazily negated, of which the memory is not the value, and ZeroTensors, which have none.
     library.impl(name, lambda *_: declined, "Negative")
+    library.impl(name, lambda *_: declined, "ZeroTensor")
     # What an overload calls when it is called, which takes a third of a microsecond less.
     call: Callable[..., Any] = getattr(torch.ops.manpp_kernels, name).default._op
     return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,10 @@ def negated() -> Tensor:
     return torch.randn(3, dtype=torch.complex64).conj().imag
 
 
+with warnings.catch_warnings():  # PyTorch means to give both up
+    warnings.simplefilter("ignore")
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    QUANTIZED = torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8)
 SPARSE = torch.eye(2, 4).to_sparse()
 EMA_SCALE_UPDATE: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
     "ema is no tensor": (replaced("ema", None), TypeError, r"ema .*NoneType"),
@@ -134,6 +139,24 @@ EMA_SCALE_UPDATE: dict[str, tuple[Callable[[Arguments], None], type[Exception], 
     ),
     "ema sparse": (replaced("ema", SPARSE, 1), TypeError, r"ema\[1\].*torch\.sparse_coo"),
     "params sparse": (replaced("params", SPARSE, 1), TypeError, r"params\[1\].*torch\.sparse_coo"),
+    "ema nested": (replaced("ema", NESTED, 1), TypeError, r"ema\[1\].*nested"),
+    "params nested": (replaced("params", NESTED, 1), TypeError, r"params\[1\].*nested"),
+    "bias nested": (replaced("bias", NESTED, 0), TypeError, r"bias\[0\].*nested"),
+    "scale nested": (replaced("scale", NESTED), TypeError, r"scale.*nested"),
+    "momentum nested": (replaced("momentum", NESTED), TypeError, r"momentum.*nested"),
+    "ema a ZeroTensor": (replaced("ema", torch._efficientzerotensor(3), 0), TypeError, r"ema\[0\] is a ZeroTensor"),
+    "params a ZeroTensor": (
+        replaced("params", torch._efficientzerotensor(3), 0),
+        TypeError,
+        r"params\[0\] is a ZeroTensor.*clone",
+    ),
+    "bias a ZeroTensor": (replaced("bias", torch._efficientzerotensor(3), 0), TypeError, r"bias\[0\] is a ZeroTensor"),
+    "scale a ZeroTensor": (replaced("scale", torch._efficientzerotensor(2)), TypeError, r"scale is a ZeroTensor"),
+    "momentum a ZeroTensor": (
+        replaced("momentum", torch._efficientzerotensor(())),
+        TypeError,
+        r"momentum is a ZeroTensor",
+    ),
     "too few params": (replaced("params", [torch.ones(3)]), ValueError, r"params has 1 .*ema has 2"),
     "too many bias": (replaced("bias", [torch.ones(3)] * 3), ValueError, r"bias has 3 .*ema has 2"),
     "params of another shape": (
@@ -244,7 +267,7 @@ def tensors_of(arguments: Arguments) -> list[Tensor]:
     found = []
     for value in arguments.values():
         for t in value if isinstance(value, list) else [value]:
-            if isinstance(t, Tensor) and not t.is_meta and t.layout == torch.strided:
+            if isinstance(t, Tensor) and not t.is_meta and t.layout == torch.strided and not t.is_nested:
                 found.append(t)
     return found
 
@@ -277,6 +300,11 @@ DETACH_COPY: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], s
     "x no tensor": (([1.0],), {}, TypeError, "x .*list"),
     "x complex": ((X.cfloat(),), {}, TypeError, "complex64"),
     "x sparse": ((X.to_sparse(),), {}, TypeError, r"x .*torch\.sparse_coo"),
+    "x nested": ((NESTED,), {}, TypeError, "x .*nested"),
+    "x quantized": ((QUANTIZED,), {}, TypeError, r"x is quantized, of torch\.qint8.*dequantize"),
+    "x quantized, to be cast": ((QUANTIZED,), {"dtype": torch.float32}, TypeError, "x is quantized"),
+    "x a ZeroTensor": ((torch._efficientzerotensor(2, 3), torch.zeros(2, 3)), {}, TypeError, "x is a ZeroTensor"),
+    "dtype quantized": ((X,), {"dtype": torch.qint8}, TypeError, r"dtype .*torch\.qint8"),
     "dtype complex": ((X,), {"dtype": torch.cdouble}, TypeError, "complex128"),
     "dtype no dtype": ((X,), {"dtype": "float32"}, TypeError, "dtype .*str"),
     "memory_format no format": ((X,), {"memory_format": "channels_last"}, TypeError, "memory_format .*str"),
@@ -289,6 +317,8 @@ DETACH_COPY: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], s
     "out no tensor": ((X, 3), {}, TypeError, "out .*int"),
     "out complex": ((X, torch.zeros(2, 3, dtype=torch.cfloat)), {}, TypeError, "out .*complex64"),
     "out sparse": ((X, X.to_sparse()), {}, TypeError, r"out .*torch\.sparse_coo"),
+    "out nested": ((X, NESTED), {}, TypeError, "out .*nested"),
+    "out quantized": ((X, QUANTIZED), {}, TypeError, "out is quantized"),
     "out of another shape": ((X, torch.zeros(3, 2)), {}, ValueError, r"out .*\(3, 2\).*x \(2, 3\)"),
     "out that would broadcast": ((X[:1], torch.zeros(2, 3)), {}, ValueError, r"out .*\(2, 3\).*x \(1, 3\)"),
     "out on another device": ((X, X.to("meta")), {}, ValueError, "out is on meta, x on cpu"),
@@ -309,7 +339,7 @@ DETACH_COPY: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], s
 
 def check_detach_copy(case: str, backend: str) -> None:
     arguments, options, kind, message = DETACH_COPY[case]
-    before = [a.clone() if isinstance(a, Tensor) and not a.is_sparse else None for a in arguments]
+    before = [a.clone() if isinstance(a, Tensor) and not (a.is_sparse or a.is_nested) else None for a in arguments]
     with pytest.raises(kind, match=message) as error, manpp_kernels.use_backend(backend):
         detach_copy(*arguments, **options)
     assert error.type is (OverlapError if " overlaps " in str(error.value) else kind)
@@ -333,6 +363,9 @@ SCALE_BIAS_MIX: dict[str, tuple[tuple[Any, Any, Any], dict[str, Any], type[Excep
         r"lb_out .*torch\.float8_e5m2",
     ),
     "sparse": ((MAP.to_sparse(), MAP, torch.tensor(1.0)), {}, TypeError, r"lb_out .*torch\.sparse_coo"),
+    "lb_out nested": ((NESTED, MAP, torch.tensor(1.0)), {}, TypeError, "lb_out .*nested"),
+    "ema_out nested": ((MAP, NESTED, torch.tensor(1.0)), {}, TypeError, "ema_out .*nested"),
+    "scale nested": ((MAP, MAP, NESTED), {}, TypeError, "scale .*nested"),
     "shapes": ((MAP, MAP[:1], torch.tensor(1.0)), {}, ValueError, r"ema_out .*\(1, 3, 4\).*\(2, 3, 4\)"),
     "device of ema_out": ((MAP, MAP.to("meta"), torch.tensor(1.0)), {}, ValueError, "ema_out is on meta.*cpu"),
     "device of scale": ((MAP, MAP, torch.tensor(1.0, device="meta")), {}, ValueError, "scale is on meta.*cpu"),

@@ -64,8 +64,14 @@ def check_tensor(name: str, t: Tensor, i: int | None = None) -> None:
         raise TypeError(f"{_label(name, i)} has to be a tensor, and is {type(t).__name__}")
     if t.dtype not in EMA_DTYPES:
         raise TypeError(f"{_label(name, i)} has to be float64, float32, bfloat16 or float16, and is {t.dtype}")
+    check_dense(_label(name, i), t)
+
+
+def check_dense(name: str, t: Tensor) -> None:
     if t.layout != torch.strided:
-        raise TypeError(f"{_label(name, i)} has to be a dense tensor, and its layout is {t.layout}")
+        raise TypeError(f"{name} has to be a dense tensor, and its layout is {t.layout}")
+    if t.is_nested:
+        raise TypeError(f"{name} has to be a dense tensor, and is a nested one")
 
 
 def _label(name: str, i: int | None) -> str:
@@ -115,9 +121,9 @@ def check_fraction(name: str, value: Any) -> None:
 def check_momentum(momentum: float | Tensor, device: torch.device) -> None:
     """A number in [0, 1], or a 0-dim floating tensor on ``device`` (whose value stays on the device, unread)."""
     if isinstance(momentum, Tensor):
+        check_tensor("momentum", momentum)
         if momentum.dim() != 0:
             raise ValueError(f"momentum as a tensor has to be 0-dim, and has the shape {tuple(momentum.shape)}")
-        check_tensor("momentum", momentum)
         if momentum.device != device:
             raise ValueError(f"momentum is on {momentum.device}, ema on {device}; pass a float or move it")
     elif not _is_number(momentum):
@@ -236,6 +242,8 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
                     raise TypeError(f"{name} is a lazily negated view, and cannot be written; pass its .resolve_neg()")
                 if is_written and not t.is_contiguous():
                     _check_no_internal_overlap(name, t)
+                if t._is_zerotensor():
+                    raise TypeError(f"{name} is a ZeroTensor, which has no memory; pass its .clone()")
                 start = t.data_ptr()
                 if start == 0 and hasattr(t, "to_local"):
                     raise TypeError(f"{name} is a {type(t).__name__}, sharded over ranks; pass its to_local()")

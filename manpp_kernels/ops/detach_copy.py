@@ -43,7 +43,7 @@ def detach_copy(
         ``out``, or a new tensor; it does not require grad.
 
     Raises:
-        TypeError: ``x`` or ``out`` is not a dense tensor of a real dtype; ``dtype`` or ``memory_format`` is none.
+        TypeError: ``x`` or ``out`` is not a dense tensor of such a dtype; ``dtype`` or ``memory_format`` is none.
         ValueError: ``out`` does not fit ``x``, overlaps it, or comes together with ``dtype`` or ``memory_format``;
             ``x`` has not the dimensions that ``memory_format`` needs.
         RuntimeError: ``out`` requires grad.
@@ -94,6 +94,8 @@ def _common_case(x: Tensor, out: Tensor) -> bool:
 
 # How many dimensions a tensor has to have to be laid out so; the other formats take any.
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
+# By name, as PyTorch means to give them up.
+_QUANTIZED = {getattr(torch, name, None) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4")}
 
 
 def check_tensor(name: str, t: Tensor) -> None:
@@ -101,8 +103,9 @@ def check_tensor(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} has to be a tensor, and is {type(t).__name__}")
     if t.is_complex():
         raise TypeError(f"{name} has to be of a real dtype, and is {t.dtype}")
-    if t.layout != torch.strided:
-        raise TypeError(f"{name} has to be a dense tensor, and its layout is {t.layout}")
+    if t.is_quantized:
+        raise TypeError(f"{name} is quantized, of {t.dtype}; pass its .dequantize()")
+    _checks.check_dense(name, t)
 
 
 def check_options(x: Tensor | None, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> None:
@@ -111,6 +114,8 @@ def check_options(x: Tensor | None, dtype: torch.dtype | None, memory_format: to
             raise TypeError(f"dtype has to be a torch.dtype, and is {type(dtype).__name__}")
         if dtype.is_complex:
             raise TypeError(f"dtype has to be a real one, and is {dtype}")
+        if dtype in _QUANTIZED:
+            raise TypeError(f"dtype has to be a floating-point, integer or bool one, and is {dtype}")
     if memory_format is not None:
         if not isinstance(memory_format, torch.memory_format):
             raise TypeError(f"memory_format has to be a torch.memory_format, and is {type(memory_format).__name__}")
