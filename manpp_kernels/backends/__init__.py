@@ -146,7 +146,7 @@ def use_backend(backend: str) -> Iterator[None]:
 
     Args:
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``. Takes precedence over the environment variable
-            ``MANPP_BACKEND``, which chooses a backend for a whole run.
+            ``MANPP_BACKEND``, which chooses a backend for a whole run and is read once.
 
     Raises:
         ValueError: there is no backend of this name.
