@@ -46,6 +46,15 @@ TARGETS = [
 BACKENDS_ON_CPU = [b for b in manpp_kernels.available() if b in ("cpu", "eager")]
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For many operations on small tensors, where threads that wait for each other on a busy machine take most time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Run the test once for each backend and device, with the backend in force."""

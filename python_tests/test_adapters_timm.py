@@ -16,6 +16,8 @@ from manpp_kernels.local.adapters.timm_stages import LAYOUTS, Layout, register
 from manpp_kernels.local.memory import SavedTensorMeter
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def made(name: str) -> nn.Module:
     _, factory = MODELS[name]

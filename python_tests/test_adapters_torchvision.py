@@ -15,6 +15,8 @@ from torch import nn
 from manpp_kernels.local import adapt, partition, rule_names
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 models = pytest.importorskip("torchvision.models")
 google = pytest.importorskip("torchvision.models.googlenet")  # torchvision.models.googlenet is the function
 
