@@ -73,6 +73,17 @@ def test_a_model_of_ones_own() -> None:
 
     partition(Rounded(), example=(4,))
 
+    class Deep(Mine):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.constant_(self.c.weight, 1e-6)  # images differ by a few roundings of what the bias gives
+            nn.init.ones_(self.c.bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * (1 + 2**-22)
+
+    partition(Deep(), example=(4,))
+
     class Extra(Mine):
         def __init__(self) -> None:
             super().__init__()
