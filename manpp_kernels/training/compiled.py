@@ -20,7 +20,7 @@ _RECOMPUTING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError where torch.compile has no such backend, which only the first step would look up."""
+    """Raise ValueError where torch.compile has no such backend, of which it raises an error of its own kind, later."""
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(
             f"torch.compile has no backend {backend!r}; there are {', '.join(torch.compiler.list_backends())} and, for "
