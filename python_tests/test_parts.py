@@ -273,3 +273,46 @@ def test_fresh_attention_is_fresh() -> None:
         assert not torch.equal(attention.state_dict()[key], before[key])
     assert not attention.in_proj_bias.any()
     assert not attention.out_proj.bias.any()
+
+
+class Residual(nn.Module):
+    def __init__(self, unit: nn.Module) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.unit(x)
+
+
+class MeanByRows(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(3).mean(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_reason_to_refuse_what_adds_in_another_order(dtype: torch.dtype) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+            self.units = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            for unit in self.units:
+                x = x + unit(x)
+            return self.head(x.mean((2, 3)))
+
+    @adapt.register(Net)
+    def _(model: Net) -> Parts:
+        units = {str(i): unit if i == lost else Residual(unit) for i, unit in enumerate(model.units)}
+        return Parts(model.stem, units, nn.Sequential(MeanByRows(), model.head))
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = Net().to(dtype)
+        lost = None
+        partition(model, example=(3, 12, 12))
+        lost = 3  # whose shortcut is missing
+        with pytest.raises(ValueError, match="do not give what the model itself gives"):
+            partition(model, example=(3, 12, 12))
