@@ -65,6 +65,8 @@ def test_detach_copy(transform: str) -> None:
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("transform", DERIVATIVES)
 def test_effective_weights_are_refused(transform: str, fullgraph: bool) -> None:
+    if transform == "dual numbers" and not fullgraph and torch.__version__.startswith("2.10."):
+        pytest.skip("to a function that PyTorch 2.10 compiles, a dual number that it is given has no tangent")
     ema, params, bias, scale = torch.randn(3), torch.randn(3), torch.randn(3), torch.tensor(1.5)
     before = ema.clone()
 
