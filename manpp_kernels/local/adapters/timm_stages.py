@@ -23,6 +23,7 @@ from timm.models._efficientnet_builder import efficientnet_init_weights
 from timm.models.densenet import DenseNet, DenseTransition
 from timm.models.levit import Levit
 from torch import Tensor, nn
+from torchvision.ops import Permute
 
 from manpp_kernels.local.adapters.timm import (
     ForwardHead,
@@ -49,23 +50,12 @@ class Nhwc(enum.Flag):
     ALL = STEM | UNITS | HEAD
 
 
-class Permute(nn.Module):
-    """The dimensions in another order; a view."""
-
-    def __init__(self, *order: int) -> None:
-        super().__init__()
-        self.order = order
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(self.order)
-
-
 def to_nhwc(*modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(Permute(0, 2, 3, 1), *modules)
+    return nn.Sequential(Permute([0, 2, 3, 1]), *modules)
 
 
 def to_nchw(*modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(*modules, Permute(0, 3, 1, 2))
+    return nn.Sequential(*modules, Permute([0, 3, 1, 2]))
 
 
 def on_nhwc(unit: nn.Module) -> nn.Module:
@@ -307,7 +297,7 @@ def _(model: Levit) -> Parts:
     parts = from_layout(Layout(init=Own()), levit, model)
     if model.use_conv:
         return parts
-    return dataclasses.replace(parts, stem=nn.Sequential(parts.stem, nn.Flatten(2), Permute(0, 2, 1)))
+    return dataclasses.replace(parts, stem=nn.Sequential(parts.stem, nn.Flatten(2), Permute([0, 2, 1])))
 
 
 @adapt.register
