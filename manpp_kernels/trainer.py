@@ -38,8 +38,10 @@ from manpp_kernels.training.epoch import (
     step_schedulers,
 )
 from manpp_kernels.training.graphs import StepGraph, check_device, make_step_graph
+from manpp_kernels.training.group import Alone
+from manpp_kernels.training.pipeline import Pipeline
 from manpp_kernels.training.progress import Progress, length_of
-from manpp_kernels.training.replicas import Alone, Replicas
+from manpp_kernels.training.replicas import Replicas
 from manpp_kernels.training.resume import CHECKPOINT_NAME, Checkpoints, TrainingState
 from manpp_kernels.training.resume_settings import optimizer_settings, settings_of
 from manpp_kernels.training.step import Batch, StepResult, TrainingStep, autocast, check_batch, check_loss, check_pair
@@ -96,7 +98,7 @@ class LocalTrainer:
         self.device = torch.device(device) if device is not None else like.device
         rule = make_rule(config.rule, config.rule_options)
         rule.check_order(config.order)
-        rule.check_streams(config.streams)
+        rule.check_apart(config.streams, config.shares_out)
         if config.compile is not None:
             check_backend(config.compile)
         if config.cuda_graphs:
@@ -108,7 +110,11 @@ class LocalTrainer:
         self._targets = Targets(criterion, config.label_smoothing, self.device)
         # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
         self.network = LocalNetwork(parts, rule, self._targets.criterion, num_classes).to(memory_format=self._layout)
-        self._ranks = Replicas(self.network.persistent_tensors(), self.device) if config.data_parallel else Alone()
+        self._ranks: Alone
+        if config.shares_out:
+            self._ranks = Pipeline(self.network, self.device, config.pipeline)
+        else:
+            self._ranks = Replicas(self.network, self.device) if config.data_parallel else Alone()
         if config.compile is not None:
             # A capture launches what the steps before it did; code for any size, made for a smaller last batch, would
             # come in between, and has not run by then.
@@ -130,7 +136,7 @@ class LocalTrainer:
         self._progress = Progress()
         self._checkpoints = Checkpoints(
             TrainingState(self.network, self.optimizers, self.schedulers, self._local_step.scaler, self._progress),
-            {**self.network.describe(), "order": config.order, "amp": config.amp, "ranks": self._ranks.count},
+            self.network.describe() | {"order": config.order, "amp": config.amp} | self._ranks.describe(),
             settings_of(config, criterion, made, self.optimizers, self.schedulers),
             self._ranks,
         )
@@ -163,7 +169,7 @@ class LocalTrainer:
 
     # One step
 
-    def step(self, batch: Batch) -> StepResult:
+    def step(self, batch: Batch | None) -> StepResult:
         """Train every block on one batch.
 
         A model that is in evaluation mode is put into training mode. Parts of it that alone are in evaluation mode,
@@ -171,18 +177,21 @@ class LocalTrainer:
 
         Args:
             batch: images (N, ...) of a floating dtype, and targets: class numbers (N,), or what the criterion takes.
+                Of a pipeline's ranks, rank 0's is everyone's, and that of the others is not looked at.
 
         Raises:
             TypeError: the batch is no pair of tensors.
             ValueError: it does not fit the network (labels on an accelerator are checked in the first step only); the
                 model has other parameters than when the trainer was made (looked at in the first step and by ``fit``).
         """
+        batch = self._ranks.batch(batch)
         check_batch(batch, self.config.accumulate, self.network.least_images)
         self._targets.check(batch[1], self.network.num_classes, first=self._first_step)
         if self._first_step:
             self._check_model()
         self._first_step = False
         images, targets = self._on_device(batch)
+        self._ranks.hand_on(images, targets)
         if not (self.model.training and self.network.training):
             self.model.train()
             self.network.train()
@@ -263,6 +272,7 @@ class LocalTrainer:
         """
         self._check_model()
         check_count("epochs", epochs, least=0)
+        loader = self._ranks.loader(loader)
         path = self._begin(loader, val_loader, checkpoint_dir, checkpoint_every, resume)
         self.interrupted = self._stepping = False
         # The ranks would not agree on the step after which to stop: Ctrl-C then ends them at once.
@@ -319,7 +329,8 @@ class LocalTrainer:
             with meter.step():
                 result = self.step(batch)
             self._progress.position += 1
-            totals.add(result.losses[-1], result.logits, batch[1], self._targets.answers)
+            if result.logits is not None:
+                totals.add(result.losses[-1], result.logits, result.targets, self._targets.answers)
             meter.tick(0 if self._graph is None else self._graph.peak_bytes)
             if on_step is not None:
                 on_step(self, result)
@@ -333,16 +344,16 @@ class LocalTrainer:
         return True
 
     def _finish_epoch(self, val_loader: Iterable[Batch] | None, path: Path | None) -> None:
-        totals = self._progress.totals
+        totals = self._ranks.totals(self._progress.totals)
         check_trained(totals, self.epoch)
-        self._ranks.broadcast(list(self.network.buffers()))
+        self._ranks.end_epoch()
         validation = None
         if val_loader is not None:
             # Where it fails, the epoch is in the checkpoint, and is validated on resuming.
             with self._checkpoints.kept_in(path, self.save), self._progress.kept_rng_state():
                 validation = self._evaluate(val_loader)
             validation = self._ranks.totals(validation)
-        row = history_row(self.epoch, self._ranks.totals(totals), validation, self.optimizers, self.device)
+        row = history_row(self.epoch, totals, validation, self.optimizers, self.device)
         if self.config.schedule == "epoch":
             step_schedulers(self.schedulers, row)
         self._progress.finish_epoch(row)
@@ -355,6 +366,7 @@ class LocalTrainer:
         Raises:
             TypeError, ValueError: as :meth:`step`, but for the number of images; or there are none at all.
         """
+        self._ranks.collect()
         totals = self._evaluate(loader)
         return {"accuracy": totals.accuracy(), "loss": totals.mean_loss(), "images": totals.images}
 
@@ -384,6 +396,7 @@ class LocalTrainer:
         Raises:
             CheckpointError: a part holds other things than tensors, numbers and strings; the file is as it was.
         """
+        self._ranks.collect()
         self._checkpoints.save(path)
 
     def load(self, path: str | Path) -> None:
@@ -399,6 +412,7 @@ class LocalTrainer:
             FileNotFoundError: there is none.
             CheckpointError: the file is damaged, foreign, or of another training. Nothing was changed.
         """
+        self._ranks.collect()  # what is on its way belongs to the state that is left
         self._checkpoints.load(path)
 
     def persistent_tensors(self) -> list[Tensor]:
@@ -407,6 +421,7 @@ class LocalTrainer:
 
     def export_state_dict(self) -> dict[str, Any]:
         """The user's model's own ``state_dict``: the same keys, nothing auxiliary; copies on the CPU."""
+        self._ranks.collect()
         return {
             key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
             for key, value in self.model.state_dict().items()  # where a module has extra state, of any type

@@ -303,6 +303,10 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     refused(trainer, path, "has the version 99")
     torch.save({"format": "manpp_kernels checkpoint", "version": 2}, path)
     refused(trainer, path, "is not complete: its part 'kind' is missing")
+    trainer.save(path)
+    state = torch.load(path)
+    torch.save({**state, "rng": []}, path)
+    refused(trainer, path, "is not complete: its part 'rng' is not that of 1 ranks")
     torch.save(trainer.model, path)  # a pickle that would run code
     refused(trainer, path, "is damaged, or no checkpoint of this package: it holds other things than tensors")
     with pytest.raises(FileNotFoundError):

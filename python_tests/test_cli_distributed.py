@@ -19,6 +19,7 @@ from manpp_kernels.cli.parsing import UserError
 from manpp_kernels.cli.ranks import Ranks, joined
 from manpp_kernels.cli.settings import Settings
 from manpp_kernels.data.loading import EpochBatches
+from manpp_kernels.trainer import TrainerConfig
 
 RUN = [
     *["train", "--data", "digits", "--model", "resnet20", "--image-size", "8", "--limit", "70", "--test-limit", "33"],
@@ -65,10 +66,26 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
     assert history(tmp_path / "two") == two
 
 
+def test_two_processes_share_the_blocks_out(tmp_path: Path) -> None:
+    """The images, their order and the network are those of one process, and so is what comes out, bit for bit."""
+    done = torchrun(*RUN, "--pipeline", "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/2") == 1
+    assert main([*RUN, "--out", str(tmp_path / "one")]) == 0
+    same = ("train_loss", "train_acc", "val_loss", "val_acc", "lr")
+    two, one = (history(tmp_path / name) for name in ("two", "one"))
+    assert [[row[key] for key in same] for row in two] == [[row[key] for key in same] for row in one]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")]
+    assert all(torch.equal(a, weights[1][key]) for key, a in weights[0].items())
+    again = torchrun("train", "--resume", str(tmp_path / "two"))
+    assert again.returncode == 0, again.stderr
+    assert history(tmp_path / "two") == two
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (RUN, "there are 2 processes, each of which would train the same: add --data-parallel"),
+        (RUN, "there are 2 processes, each of which would train the same: add --data-parallel or --pipeline"),
         ([*RUN, "--data-parallel", "--batch-size", "33"], "does not come out even over 2 processes"),
         ([*RUN, "--data-parallel", "--batch-size", "128"], "70 training and 33 test images are too few"),
     ],
@@ -107,14 +124,18 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="there are 1 GPUs for process 2"), joined(True, "cuda"):
+    with (
+        pytest.raises(UserError, match="there are 1 GPUs for process 2"),
+        joined(TrainerConfig(data_parallel=True), "cuda"),
+    ):
         pass
 
 
+@pytest.mark.parametrize("several", ["data_parallel", "pipeline"])
 @pytest.mark.parametrize("other", [{"observe": True}, {"cuda_graphs": True}], ids=str)
-def test_what_does_not_go_with_several_processes(other: dict[str, bool]) -> None:
-    with pytest.raises(UserError, match=f"{next(iter(other))}.*data_parallel|data_parallel.*{next(iter(other))}"):
-        Settings.of({"data": "digits", "data_parallel": True, **other})
+def test_what_does_not_go_with_several_processes(several: str, other: dict[str, bool]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(other))}.*{several}|{several}.*{next(iter(other))}"):
+        Settings.of({"data": "digits", several: True, **other})
 
 
 def test_a_comparison_trains_in_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import assert_agreed, on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,32 +24,6 @@ from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer, TrainerConfig
 
 RANKS = 2
-
-
-def _rank(rank: int, test: Any, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    try:
-        torch.manual_seed(0)
-        test(rank)
-    except BaseException:
-        # The other ranks wait for this one in vain, and would be what is reported.
-        (Path(folder) / f"error-{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
-    # Not the usual end: after sharded training PyTorch's own teardown aborts one process in twenty ("terminate called
-    # without an active exception"), when the test has passed.
-    os._exit(0)
-
-
-def on_two_ranks(test: Any, folder: Path) -> None:
-    try:
-        torch.multiprocessing.spawn(_rank, (test, str(folder)), nprocs=RANKS)
-    except Exception as error:
-        errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
-        pytest.fail("\n".join(errors) or str(error))
 
 
 def _sharded(rank: int) -> None:
@@ -107,13 +80,6 @@ def _data_parallel(rank: int) -> None:
         gathered = [torch.empty_like(a) for _ in range(RANKS)]
         dist.all_gather(gathered, a)
         assert torch.equal(*gathered), "every rank has the same EMA"
-
-
-def assert_agreed(tensors: list[Tensor]) -> None:
-    for t in tensors:
-        every = [torch.empty_like(t) for _ in range(RANKS)]
-        dist.all_gather(every, t.contiguous())
-        assert torch.equal(*every), "every rank has the same"
 
 
 def _half_precision(rank: int) -> None:
@@ -231,7 +197,7 @@ def _failing_validation(rank: int) -> None:
     "test", [_sharded, _data_parallel, _local_training, _local_epochs, _failing_validation, _half_precision]
 )
 def test_two_ranks(test: Any, tmp_path: Path) -> None:
-    on_two_ranks(test, tmp_path)
+    on_ranks(RANKS, test, tmp_path)
 
 
 def test_data_parallel_needs_a_process_group() -> None:

@@ -135,7 +135,7 @@ def test_a_load_that_fails_changes_nothing(tmp_path: Path, monkeypatch, part: st
     elif part == "progress":
         del state["progress"]["position"]
     else:
-        state[part] = []
+        state[part] = [None]
     torch.save(state, path)
     before = everything(trainer)
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt is of another training, as a part of it does not load"):

@@ -252,8 +252,9 @@ def _variant(
         runs = {seed: Settings.of({**values, "seed": seed}) for seed in seeds}
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    if any(settings.trainer.data_parallel for settings in runs.values()):
-        raise UserError(f"{source}: data-parallel is for manpp train; a comparison trains in one process")
+    for several in ("data_parallel", "pipeline"):
+        if any(getattr(settings.trainer, several) for settings in runs.values()):
+            raise UserError(f"{source}: {key(several)} is for manpp train; a comparison trains in one process")
     return Variant(name, options, runs)
 
 

@@ -52,7 +52,8 @@ class Display:
             return
         self._progress.advance(self._task)
         now = time.monotonic()
-        if now - self._last_reading >= _SECONDS_BETWEEN_READINGS:
+        # The first process of a pipeline, which shows this, has not the network's own loss.
+        if result.logits is not None and now - self._last_reading >= _SECONDS_BETWEEN_READINGS:
             self._last_reading = now
             self._progress.update(self._task, loss=f"loss {float(result.losses[-1]):.3f}")
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from manpp_kernels.cli.parsing import UserError
+from manpp_kernels.training.config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,18 @@ class Ranks:
     Attributes:
         rank, count: its number, and how many there are.
         device: what it trains on.
+        each_its_share: whether each trains on images of its own.
     """
 
     rank: int
     count: int
     device: torch.device
+    each_its_share: bool = True
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which part of every batch is this process's, and of how many parts."""
+        return (self.rank, self.count) if self.each_its_share else (0, 1)
 
     @property
     def first(self) -> bool:
@@ -43,26 +51,28 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def joined(data_parallel: bool, device: str) -> Iterator[Ranks]:
+def joined(config: TrainerConfig, device: str) -> Iterator[Ranks]:
     """The processes of a run, which end their group where it does.
 
     Args:
-        data_parallel: whether there are to be several.
+        config: whether there are to be several.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``; of several GPUs each process takes its own.
 
     Raises:
         UserError: torchrun has not started several, or has and none were asked for, or there is no such device.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if not data_parallel:
+    if not (config.data_parallel or config.shares_out):
         if started > 1:
-            raise UserError(f"there are {started} processes, each of which would train the same: add --data-parallel")
+            raise UserError(
+                f"there are {started} processes, each of which would train the same: add --data-parallel or --pipeline"
+            )
         yield Ranks(0, 1, device_named(device))
         return
     if "RANK" not in os.environ:
         raise UserError(
-            "--data-parallel is for processes that torchrun starts: torchrun --nproc-per-node 2 -m manpp_kernels.cli "
-            "train …"
+            f"{'--data-parallel' if config.data_parallel else '--pipeline'} is for processes that torchrun starts: "
+            "torchrun --nproc-per-node 2 -m manpp_kernels.cli train …"
         )
     chosen = device_named(device)
     if chosen.type == "cuda":
@@ -76,7 +86,7 @@ def joined(data_parallel: bool, device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), chosen, each_its_share=config.data_parallel)
     finally:
         dist.destroy_process_group()
 

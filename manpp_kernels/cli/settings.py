@@ -79,6 +79,8 @@ _TEXTS = {
     "unit is a block (e2e: one block)",
     "data_parallel": "train in all processes that torchrun has started, each on its share of every batch: "
     "torchrun --nproc-per-node 2 -m manpp_kernels.cli train --data-parallel …",
+    "pipeline": "train in all processes that torchrun has started, each some of the local blocks, one batch behind the "
+    "other: torchrun --nproc-per-node 2 -m manpp_kernels.cli train --pipeline …",
 }
 # Above, the schedule is its shape; the trainer's field of this name says how often it moves.
 _RENAMED = {"schedule": "schedule_every"}
@@ -155,11 +157,12 @@ class Settings:
             )
             chosen = make_rule(settings.trainer.rule, settings.trainer.rule_options)
             chosen.check_order(settings.trainer.order)
-            chosen.check_streams(settings.trainer.streams)
+            chosen.check_apart(settings.trainer.streams, settings.trainer.shares_out)
             if run.observe and settings.trainer.cuda_graphs:
                 raise ValueError("observe looks into every step, which cuda_graphs leaves to the device alone; use one")
-            if run.observe and settings.trainer.data_parallel:
-                raise ValueError("observe looks at one process's images, and data_parallel trains in several; use one")
+            for several in ("data_parallel", "pipeline"):
+                if run.observe and getattr(settings.trainer, several):
+                    raise ValueError(f"observe looks into one process, and {several} trains in several; use one")
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         return settings

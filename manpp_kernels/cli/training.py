@@ -72,7 +72,7 @@ def train(
     Raises:
         UserError: the settings do not fit each other, the data or this machine.
     """
-    with on_threads(settings.run.threads), joined(settings.trainer.data_parallel, settings.run.device) as ranks:
+    with on_threads(settings.run.threads), joined(settings.trainer, settings.run.device) as ranks:
         return _train(settings, place, display, ranks, resume, stop)
 
 
@@ -245,17 +245,18 @@ def _data(settings: Settings, ranks: Ranks) -> ImageData:
     )
     if data.num_classes < 2:
         raise UserError(f"{config.data} has images of one class alone, and there is nothing to tell apart")
-    if run.batch_size % ranks.count:
+    _, shares = ranks.share
+    if run.batch_size % shares:
         raise UserError(
-            f"a batch of {run.batch_size} images does not come out even over {ranks.count} processes: choose a "
-            "multiple of their number"
+            f"a batch of {run.batch_size} images does not come out even over {shares} processes: choose a multiple of "
+            "their number"
         )
-    if ranks.count > 1 and (len(data.train) < run.batch_size or len(data.test) < ranks.count):
+    if shares > 1 and (len(data.train) < run.batch_size or len(data.test) < shares):
         raise UserError(
-            f"{len(data.train)} training and {len(data.test)} test images are too few for {ranks.count} processes and "
+            f"{len(data.train)} training and {len(data.test)} test images are too few for {shares} processes and "
             f"batches of {run.batch_size}"
         )
-    least = 2 * settings.trainer.accumulate * ranks.count
+    least = 2 * settings.trainer.accumulate * shares
     if min(run.batch_size, len(data.train)) < least:
         raise UserError(
             f"there are {len(data.train)} training images in batches of {run.batch_size}: "
@@ -267,8 +268,7 @@ def _data(settings: Settings, ranks: Ranks) -> ImageData:
 def _loaders(settings: Settings, data: ImageData, ranks: Ranks) -> tuple[Any, Any]:
     """The loaders of training and test images."""
     config, run = settings.data, settings.run
-    share = (ranks.rank, ranks.count)
-    placing: dict[str, Any] = {"device": ranks.device, "workers": config.workers, "share": share}
+    placing: dict[str, Any] = {"device": ranks.device, "workers": config.workers, "share": ranks.share}
     train = training_loader(data, run.batch_size, seed=run.seed, crop=config.crop, flip=config.flip, **placing)
     # Evaluation keeps no activations, so that larger batches fit; they change nothing but the time.
     return train, evaluation_loader(data, max(run.batch_size, 256), **placing)

@@ -76,9 +76,13 @@ class LocalNetwork(nn.Module):
         beside = (m for block in self if block.auxiliary is not None for m in block.auxiliary.modules())
         return 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in beside) else 1
 
-    def ema_updates(self) -> EmaUpdates:
-        """The updates of all blocks in one launch, which also prepares the effective weights of the parameter form."""
-        return EmaUpdates([t for block in self for t in block.transforms], self.rule.momentum, prepare=True)
+    def ema_updates(self, own: range | None = None) -> EmaUpdates:
+        """The updates of all blocks in one launch, which also prepares the effective weights of the parameter form.
+
+        Where only the blocks ``own`` are trained here, theirs alone.
+        """
+        transforms = [t for j, block in enumerate(self) if own is None or j in own for t in block.transforms]
+        return EmaUpdates(transforms, self.rule.momentum, prepare=True)
 
     def ema_updates_by_block(self) -> list[EmaUpdates]:
         """The updates of each block on their own."""

@@ -64,6 +64,15 @@ class TrainerConfig:
             own (as of a ``DistributedSampler``), with averaged gradients. All but ``evaluate`` is then called on every
             rank, with as many batches and the same folder for checkpoints. Running statistics are each rank's own, and
             from the end of an epoch on rank 0's. Ctrl-C ends it at once, without a checkpoint.
+        pipeline: share the blocks out over the ranks of ``torch.distributed``'s default process group, some in a row to
+            each: True evenly, a sequence as many as it says to each rank. A rank hands on its features and turns to the
+            next batch, so that all work at once; the values are those of one process. Rank 0's batches are everyone's:
+            elsewhere ``step`` may be given None, and a loader's length alone counts. All methods are called on every
+            rank, with the same folder for checkpoints. A rank has all parameters, but activations, gradients and
+            optimizer states of its own blocks alone; others' blocks are brought up to date at the end of an epoch, by
+            ``save``, ``evaluate`` and ``export_state_dict``. Random numbers (dropout) are each rank's own, and so is
+            what a criterion keeps. Not for rules whose blocks overlap, ``amp="fp16"``, ``cuda_graphs`` or
+            ``data_parallel``. Ctrl-C ends it at once, without a checkpoint.
         measure_memory: report the peak memory of each epoch; the history has none otherwise.
     """
 
@@ -87,6 +96,7 @@ class TrainerConfig:
     cuda_graphs: bool = False
     streams: int = 1
     data_parallel: bool = False
+    pipeline: bool | Sequence[int] = False
     measure_memory: bool = True
 
     def __post_init__(self) -> None:
@@ -108,10 +118,25 @@ class TrainerConfig:
         if self.streams > 1 and not self.cuda_graphs:
             raise ValueError("streams is of use for captured steps alone; set cuda_graphs too, or streams to 1")
         if self.cuda_graphs:
-            against = {"schedule": "step", "amp": "fp16", "data_parallel": True}
-            for name, value in against.items():
-                if getattr(self, name) == value:
-                    raise ValueError(f"cuda_graphs does not go with {name}={value!r}")
+            self._check_against("cuda_graphs", schedule="step", amp="fp16", data_parallel=True)
+        if not isinstance(self.pipeline, bool):
+            if isinstance(self.pipeline, str) or not isinstance(self.pipeline, Sequence):
+                raise TypeError(f"pipeline has to be True, False or a number for each rank, and is {self.pipeline!r}")
+            for count in self.pipeline:
+                check_count("every number of blocks in pipeline", count)
+        if self.shares_out:
+            self._check_against("pipeline", amp="fp16", cuda_graphs=True, data_parallel=True)
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether the blocks are shared out over the ranks of a process group."""
+        return self.pipeline is not False
+
+    def _check_against(self, setting: str, **others: Any) -> None:
+        """Raise where another setting has a value that ``setting`` does not go with."""
+        for name, value in others.items():
+            if getattr(self, name) == value:
+                raise ValueError(f"{setting} does not go with {name}={value!r}")
 
     def sgd(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer that a trainer uses which is given none.

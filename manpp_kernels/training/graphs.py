@@ -141,7 +141,7 @@ class StepGraph:
             if self._outputs is None:
                 # What comes to be changed before the capture would be made anew by every replay, like a momentum.
                 self._state = self._watched()
-            return StepResult(list(losses.unbind()), logits)
+            return StepResult(list(losses.unbind()), logits, targets)
         rates = [_number(group["lr"]) for group in _groups(self._optimizers)]
         if self._outputs is None or rates != self._rates:
             self._capture(images, targets)
@@ -152,10 +152,11 @@ class StepGraph:
         self._inputs[1].copy_(targets)
         self._device.replay()
         losses, logits = (t.clone() for t in self._outputs)
-        return StepResult(list(losses.unbind()), logits)
+        return StepResult(list(losses.unbind()), logits, targets)
 
     def _call(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         result = self._compute(images, targets)
+        assert result.logits is not None  # one process has the last block
         return torch.stack(result.losses), result.logits
 
     def _capture(self, images: Tensor, targets: Tensor) -> None:

@@ -17,14 +17,12 @@ from manpp_kernels import checkpoint
 from manpp_kernels.checkpoint import CheckpointError
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.options import check_count
+from manpp_kernels.training.group import Alone
 from manpp_kernels.training.progress import Progress
-from manpp_kernels.training.replicas import Alone
-from manpp_kernels.training.resume_checks import check_fits, classes
+from manpp_kernels.training.resume_checks import check_fits, check_kind, classes
 from manpp_kernels.training.resume_settings import Settings, check_schedule, differences, optimizer_settings
 
 CHECKPOINT_NAME = "checkpoint.pt"
-# What every rank has its own of: the sums of the epoch so far, and random numbers.
-_OF_A_RANK = ("totals", "epoch_start", "rng")
 
 
 class TrainingState:
@@ -94,8 +92,8 @@ class Checkpoints:
         state, own = self._state.state_dict(), self._state
         if not own.schedulers:  # a rate that was set since goes on; one that a scheduler moves is no setting
             self._settings["loaded"] |= optimizer_settings(own.optimizers)
-        state.update({part: self._ranks.gather(state[part]) for part in _OF_A_RANK})
         state.update(kind=self._kind, classes=classes(own.optimizers, own.schedulers), settings=self._settings)
+        state.update({part: self._ranks.gather(state[part]) for part in self._ranks.parts})
         self._ranks.first(lambda: checkpoint.write(path, state))
         self._own.add(Path(path).resolve())
 
@@ -103,7 +101,9 @@ class Checkpoints:
         """See :meth:`manpp_kernels.trainer.LocalTrainer.load`, which has to be what calls this."""
         file, own = _file_of(path), self._state
         state = checkpoint.read(file)
-        check_fits(state, self._kind, own.tensors(), own.schedulers, own.optimizers)
+        check_kind(state, self._kind, self._ranks.parts, self._ranks.count)
+        state.update({part: state[part][self._ranks.rank] for part in self._ranks.parts})
+        check_fits(state, own.tensors(), own.schedulers, own.optimizers)
         settings = state.get("settings")
         check_schedule(settings, self._settings)
         different = differences(settings, self._settings)
@@ -111,7 +111,6 @@ class Checkpoints:
             warnings.warn(different, stacklevel=3)  # where the trainer's load was called
         before = own.copied()
         try:
-            state.update({part: state[part][self._ranks.rank] for part in _OF_A_RANK})
             own.load_state_dict(state)
         except BaseException as error:
             own.load_state_dict(before)

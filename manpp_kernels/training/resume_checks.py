@@ -17,18 +17,36 @@ _PARTS = (
 )
 
 
+def check_kind(state: Mapping[str, Any], kind: Mapping[str, Any], parts: Sequence[str], ranks: int) -> None:
+    """Raise CheckpointError where a checkpoint is of another kind of training: rule, options, blocks, order.
+
+    Args:
+        state: the checkpoint's.
+        kind: of the training that is to go on from it.
+        parts: those that each of so many ``ranks`` has its own of.
+        ranks: how many train together.
+    """
+    for part in _PARTS:
+        if part not in state:
+            raise CheckpointError(f"the checkpoint is not complete: its part {part!r} is missing")
+    for what, value in kind.items():
+        if state["kind"].get(what) != value:
+            raise CheckpointError(
+                f"the checkpoint is of another training: its {what} is {state['kind'].get(what)!r}, here it is "
+                f"{value!r}"
+            )
+    for part in parts:
+        if not isinstance(state.get(part), list) or len(state[part]) != ranks:
+            raise CheckpointError(f"the checkpoint is not complete: its part {part!r} is not that of {ranks} ranks")
+
+
 def check_fits(
     state: Mapping[str, Any],
-    kind: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Tensor]],
     schedulers: Sequence[Any],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Raise CheckpointError where a checkpoint is not of the training that ``kind`` and the rest describe."""
-    for part in _PARTS:
-        if part not in state:
-            raise CheckpointError(f"the checkpoint is not complete: its part {part!r} is missing")
-    _check_kind(state["kind"], kind)
+    """Raise CheckpointError where a checkpoint of this kind is not of these tensors, schedulers and optimizers."""
     for what, expected in tensors.items():
         check_tensors(what, state[what], expected)
     # The first checkpoints had no names: there the keys of a state have to do.
@@ -46,15 +64,6 @@ def _name(stepper: Any) -> str:
     """Without its module, which moves from one release to the next; with the schedulers that a scheduler is made of."""
     name, inner = type(stepper).__name__, getattr(stepper, "_schedulers", None)
     return f"{name} of {', '.join(map(_name, inner))}" if inner else name
-
-
-def _check_kind(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a checkpoint is of another kind of training: rule, options, blocks, order."""
-    for what, value in expected.items():
-        if found.get(what) != value:
-            raise CheckpointError(
-                f"the checkpoint is of another training: its {what} is {found.get(what)!r}, here it is {value!r}"
-            )
 
 
 def _check_optimizers(

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from manpp_kernels.local.auxiliary import EmaUpdates
-from manpp_kernels.local.block import LocalBlock
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.targets import BatchError
 from manpp_kernels.training.config import AMP_DTYPES, OptimizerFactory, TrainerConfig, make_optimizers
-from manpp_kernels.training.replicas import Alone
+from manpp_kernels.training.group import Alone, Batch
 from manpp_kernels.training.streams import make_lanes
 
-Batch = tuple[Tensor, Tensor]
+__all__ = ["Batch", "StepResult", "TrainingStep"]
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,24 @@ class StepResult:
     """What a training step gives, on the device: reading a value from it waits for the step.
 
     Attributes:
-        losses: the loss of each block, K detached scalars; the last is the network's own.
-        logits: of the network (N, num_classes), detached, in training mode.
+        losses: the loss of each block, K detached scalars; the last is the network's own. Those of a pipeline's rank
+            are of its own blocks.
+        logits: of the network (N, num_classes), detached, in training mode; None on all ranks of a pipeline but the
+            last.
+        targets: the batch's, which are rank 0's in a pipeline.
     """
 
     losses: list[Tensor]
-    logits: Tensor
+    logits: Tensor | None
+    targets: Tensor
 
 
 class StepSums:
     """The losses and logits of a step, gathered over its micro-batches."""
 
-    def __init__(self, parts: list[Batch], blocks: int) -> None:
+    def __init__(self, parts: list[Batch], blocks: range) -> None:
         self.images = sum(len(images) for images, _ in parts)
-        self._losses: list[Tensor | float] = [0.0] * blocks
+        self._losses: dict[int, Tensor | float] = dict.fromkeys(blocks, 0.0)
         self._logits: list[Tensor] = []
 
     def add(self, block: int, loss: Tensor, share: float, logits: Tensor | None) -> None:
@@ -48,9 +51,9 @@ class StepSums:
         if logits is not None:
             self._logits.append(logits)
 
-    def result(self) -> StepResult:
-        logits = self._logits[0] if len(self._logits) == 1 else torch.cat(self._logits)
-        return StepResult([torch.as_tensor(loss) for loss in self._losses], logits)
+    def result(self, targets: Tensor) -> StepResult:
+        logits = torch.cat(self._logits) if len(self._logits) > 1 else self._logits[0] if self._logits else None
+        return StepResult([torch.as_tensor(loss) for loss in self._losses.values()], logits, targets)
 
 
 class TrainingStep:
@@ -61,7 +64,7 @@ class TrainingStep:
         config: order, micro-batches, clipping, precision, streams.
         optimizer: from a list of parameters to an optimizer; called once, in the unlocked order once a block.
         device: where the network is.
-        ranks: whose gradients are averaged.
+        ranks: whose gradients are averaged, or among whom the blocks are shared out.
         shared: modules that every block calls, as the criterion.
 
     Attributes:
@@ -81,8 +84,16 @@ class TrainingStep:
     ) -> None:
         self._network, self._config, self._device, self._ranks = network, config, device, ranks
         self._unlocked = config.order == "unlocked"
-        self._ema = [network.ema_updates()] if self._unlocked else network.ema_updates_by_block()
-        self._by_block = by_block = [block.trainable() for block in network]
+        self._own = ranks.own(len(network))
+        self._blocks = dict(enumerate(network))  # of which this rank trains its own
+        # By block, or under None for all at once.
+        self._ema: dict[int | None, EmaUpdates]
+        if self._unlocked:
+            self._ema = {None: network.ema_updates(self._own)}
+        else:
+            self._ema = dict(enumerate(network.ema_updates_by_block()))
+        self._by_block = {j: self._blocks[j].trainable() for j in self._own}
+        by_block = list(self._by_block.values())
         groups = by_block if self._unlocked else [list(itertools.chain.from_iterable(by_block))]
         self.optimizers = make_optimizers(optimizer, groups)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -95,48 +106,52 @@ class TrainingStep:
         parts = list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        return self._unlocked_step(parts) if self._unlocked else self._published_step(parts)
+        sums = self._unlocked_step(parts) if self._unlocked else self._published_step(parts)
+        return sums.result(targets)
 
-    def _published_step(self, parts: list[Batch]) -> StepResult:
+    def _published_step(self, parts: list[Batch]) -> StepSums:
         """For each block forward, backward, EMA update; then the optimizer, once for all."""
-        sums, overlapping = StepSums(parts, len(self._network)), self._network.rule.overlapping
+        sums, overlapping = StepSums(parts, self._own), self._network.rule.overlapping
         xs = [self._input(images) for images, _ in parts]
         with self.lanes.step():
             for i, (images, targets) in enumerate(parts):
                 x = xs[i]
-                for j, block in enumerate(self._network):
+                for j in self._own:
                     with self.lanes.block(j):
-                        x = self._forward_backward(block, x, images, targets, sums, j)
+                        x = self._forward_backward(j, x, images, targets, sums)
                         if i == len(parts) - 1:
-                            self._update_ema(self._ema[j])
+                            self._update_ema(j)
                             if not overlapping:
                                 self._ranks.start(self._by_block[j])
-        for parameters in self._by_block if overlapping else ():
+        for parameters in self._by_block.values() if overlapping else ():
             self._ranks.start(parameters)
         self._ranks.finish()
-        self._optimize(self.optimizers[0], self._by_block)
+        self._optimize(self.optimizers[0], self._own)
         self.scaler.update()
-        return sums.result()
+        return sums
 
-    def _unlocked_step(self, parts: list[Batch]) -> StepResult:
+    def _unlocked_step(self, parts: list[Batch]) -> StepSums:
         """All EMA updates; then for each block forward, backward, optimizer, and its gradients are gone."""
-        sums = StepSums(parts, len(self._network))
-        self._update_ema(self._ema[0])
+        sums = StepSums(parts, self._own)
+        self._update_ema(None)
         xs = [self._input(images) for images, _ in parts]
         with self.lanes.step():
-            for j, (block, optimizer) in enumerate(zip(self._network, self.optimizers, strict=True)):
+            for j, optimizer in zip(self._own, self.optimizers, strict=True):
                 with self.lanes.block(j):
                     for i, (images, targets) in enumerate(parts):
-                        xs[i] = self._forward_backward(block, xs[i], images, targets, sums, j)
-                    block.release()
+                        xs[i] = self._forward_backward(j, xs[i], images, targets, sums)
+                    self._blocks[j].release()
                     self._ranks.start(self._by_block[j])
                     self._ranks.finish()
-                    self._optimize(optimizer, [self._by_block[j]])
+                    self._optimize(optimizer, range(j, j + 1))
                     optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return sums.result()
+        return sums
 
-    def _update_ema(self, updates: EmaUpdates) -> None:
+    def _update_ema(self, block: int | None) -> None:
+        """Move the EMAs of a block, or of all."""
+        self._ranks.fetch(block)
+        updates = self._ema[block]
         updates.update()
         # Effective weights that the same launch computed stay each rank's own: they differ by a rounding.
         self._ranks.broadcast(updates.rounded)
@@ -145,26 +160,27 @@ class TrainingStep:
         """What the first block may change; the images are the caller's, and what later blocks may compare with."""
         return images.clone() if self._begins_in_place else images
 
-    def _forward_backward(
-        self, block: LocalBlock, x: Tensor, images: Tensor, targets: Tensor, sums: StepSums, j: int
-    ) -> Tensor:
+    def _forward_backward(self, j: int, x: Tensor, images: Tensor, targets: Tensor, sums: StepSums) -> Tensor:
         """One micro-batch through one block; returns what the next block takes."""
-        x = self.lanes.take(j, x)
+        x = self.lanes.take(j, self._ranks.take(j, x))
         with autocast(self._config, self._device):
-            features, loss, logits = block(x, images, targets)
+            features, loss, logits = self._blocks[j](x, images, targets)
             check_loss(loss)
+        self._ranks.give(j, features)
         share = len(images) / sums.images
         self.scaler.scale(loss if share == 1.0 else loss * share).backward()
         sums.add(j, loss.detach(), share, logits)
         return features
 
-    def _optimize(self, optimizer: torch.optim.Optimizer, blocks: list[list[nn.Parameter]]) -> None:
+    def _optimize(self, optimizer: torch.optim.Optimizer, blocks: range) -> None:
         """Clip the gradients of each block, and step."""
         if self._config.clip_norm is not None:
             self.scaler.unscale_(optimizer)
-            for parameters in blocks:
-                nn.utils.clip_grad_norm_(parameters, self._config.clip_norm)
+            for j in blocks:
+                nn.utils.clip_grad_norm_(self._by_block[j], self._config.clip_norm)
         self.scaler.step(optimizer)
+        for j in blocks:
+            self._ranks.moved(j)
 
 
 def autocast(config: TrainerConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:

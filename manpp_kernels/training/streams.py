@@ -53,7 +53,7 @@ class Streams(OneLane):
     def __init__(
         self, network: LocalNetwork, count: int, device: torch.device, shared: Sequence[nn.Module] = ()
     ) -> None:
-        network.rule.check_streams(count)
+        network.rule.check_apart(count, pipeline=False)
         _check_apart(network)
         self._shared = [b for module in shared for b in module.buffers()]
         self._device = device

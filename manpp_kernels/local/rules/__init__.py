@@ -62,12 +62,12 @@ class Rule:
                 f"step, and order is {order!r}; use order='published'"
             )
 
-    def check_streams(self, streams: int) -> None:
-        """Raise ValueError where this rule's blocks cannot run at once."""
-        if self.overlapping and streams > 1:
+    def check_apart(self, streams: int, pipeline: bool) -> None:
+        """Raise ValueError where this rule's blocks cannot run at once, over streams or in a pipeline."""
+        if self.overlapping and (streams > 1 or pipeline):
             raise ValueError(
                 f"the losses of several blocks train one block by the rule {self.name!r}, so that its blocks cannot "
-                "run at once; set streams=1"
+                f"run at once; set {'pipeline=False' if pipeline else 'streams=1'}"
             )
 
     def auxiliary(self, site: Site) -> Auxiliary:
