@@ -167,6 +167,26 @@ def training_section(results: dict[str, Any], gpu: bool) -> str:
     return f"{', '.join(recipe).capitalize()}.\n\n{table(head, lines)}"
 
 
+def processes_section(results: dict[str, Any], gpu: bool) -> str:
+    rows = results["rows"]
+    lines = [
+        [
+            f"{r['network']}, {r['variant']}, {r['how']}",
+            str(r["processes"]),
+            f"{1e3 * r['seconds']:,.1f}",
+            f"{1e3 * r['min_seconds']:,.1f} to {1e3 * r['max_seconds']:,.1f}",
+            f"{r['of_e2e']:.2f}",
+            mib(r["saved_bytes"]),
+            f"{r['memory_share']:.1%}",
+        ]
+        for r in rows
+    ]
+    head = ["training", "processes", "ms a step", "range", "of e2e", "saved activations of one, MiB", "of e2e"]
+    first = rows[0]
+    said = f"Batches of {first['batch']} images of {' x '.join(map(str, first['image']))} over all processes together"
+    return f"{said}; medians of {first['rounds']} turns of {first['steps']} steps.\n\n{table(head, lines)}"
+
+
 def fashion_section(results: dict[str, Any], gpu: bool) -> str:
     lines = [
         [
@@ -201,6 +221,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any], bool], str]]] = {
     **{name: (f"`{name}`", operator_section) for name in OPERATORS},
     "host_cost": ("Host cost", host_section),
     "training": ("Training steps", training_section),
+    "processes": ("Training steps in several processes", processes_section),
     "fashion_mnist": ("Fashion-MNIST", fashion_section),
 }
 

@@ -127,6 +127,26 @@ def test_a_variant_of_training_that_cannot_be_made_costs_the_others_nothing(benc
     assert "came after 0 s" in content["left_out"]["resnet20, late"]
 
 
+def test_training_in_several_processes(tmp_path):
+    path = tmp_path / "processes.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "processes.py"), "--json", str(path)],
+        env={**os.environ, **QUICK, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = {(r["variant"], r["how"]): r for r in json.loads(path.read_text())["rows"]}
+    assert len(rows) == done.stdout.count("resnet20, ") == 9
+    assert {r["processes"] for r in rows.values()} == {1, min(4, max(2, os.cpu_count() or 1))}
+    e2e = rows["e2e", "one process"]["saved_bytes"]
+    assert rows["e2e", "data parallel"]["saved_bytes"] < 0.6 * e2e
+    assert rows["e2e", "pipeline of backpropagation"]["saved_bytes"] < e2e
+    assert rows["dgl, narrow head, 4 blocks", "pipeline"]["saved_bytes"] < 0.5 * e2e
+
+
 def test_plain_man_pp_takes_the_step_of_the_trainer(bench):
     """What our speed is compared with has to compute the same."""
     plain_man_pp = bench("eager_man_pp").EagerManPlusPlus
