@@ -23,7 +23,7 @@ from manpp_kernels import checkpoint
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.options import check_count
 from manpp_kernels.local.partition import evaluating, partition
-from manpp_kernels.local.parts import take_apart
+from manpp_kernels.local.parts import logits_of, take_apart
 from manpp_kernels.local.recompute import make_capturable
 from manpp_kernels.local.rules import make_rule
 from manpp_kernels.local.targets import Criterion, Targets
@@ -176,8 +176,8 @@ class LocalTrainer:
         such as frozen batch normalisations, stay in it.
 
         Args:
-            batch: images (N, ...) of a floating dtype, and targets: class numbers (N,), or what the criterion takes.
-                Of a pipeline's ranks, rank 0's is everyone's, and that of the others is not looked at.
+            batch: images (N, ...) of a floating dtype, and targets: class numbers (N,), or of pixels (N, H, W), or what
+                the criterion takes. Of a pipeline's ranks, rank 0's is everyone's, and the others' is not looked at.
 
         Raises:
             TypeError: the batch is no pair of tensors.
@@ -380,7 +380,7 @@ class LocalTrainer:
                 self._targets.check(batch[1], self.network.num_classes, first=totals.images == 0)
                 images, targets = self._on_device(batch)
                 with autocast(self.config, self.device):
-                    logits = self.model(images)
+                    logits = logits_of(self.model(images))
                     loss = self._targets.criterion(logits, targets)
                     check_loss(loss)
                 totals.add(loss, logits, targets, self._targets.answers)

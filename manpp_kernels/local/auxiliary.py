@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -25,7 +26,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from manpp_kernels.local.partition import Partition, Segment
 from manpp_kernels.local.parts import has_parameters
-from manpp_kernels.local.targets import Criterion
+from manpp_kernels.local.targets import BatchError, Criterion
 from manpp_kernels.ops._checks import Rounding
 from manpp_kernels.ops.ema_scale_update import attach_effective_weights
 from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
@@ -134,6 +135,18 @@ class Classifier(Auxiliary):
 
     def forward(self, features: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         return self.criterion(self.head(features), targets)
+
+
+class PixelClassifier(Classifier):
+    """The same for every pixel: the head's logits, bilinearly as large as the targets (N, H, W), and the criterion."""
+
+    def forward(self, features: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        if targets.dim() < 3:
+            raise BatchError(
+                f"the model classifies pixels, and its targets have to be (N, H, W), and are {tuple(targets.shape)}"
+            )
+        logits = F.interpolate(self.head(features), targets.shape[-2:], mode="bilinear", align_corners=False)
+        return self.criterion(logits, targets)
 
 
 class Transformed(Auxiliary):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -165,5 +166,37 @@ def dgl_head(features: Size, num_classes: int, width: Width) -> nn.Sequential:
     side = min(features[2:], default=1)
     layers = _LAYERS[width](features[1], side, num_classes)
     head = nn.Sequential(*([] if len(features) == 4 else [VectorMap()]), *layers)
+    init_weights(head)
+    return head
+
+
+# How many channels a pixel's classifier has between the features and the classes; none is one layer.
+_PIXEL_CHANNELS: dict[Width, Callable[[int], int | None]] = {
+    "narrow": lambda channels: max(1, channels // 4),
+    "wide": lambda channels: 128,
+    "linear": lambda channels: None,
+}
+
+
+def pixel_head(features: Size, num_classes: int, width: Width) -> nn.Sequential:
+    """A light fully convolutional head, for models that classify pixels (Long et al., "Fully Convolutional Networks for
+    Semantic Segmentation", CVPR 2015; in the form of torchvision's ``FCNHead``).
+
+    Args:
+        features: the shape of what it takes, (N, C, H, W).
+        num_classes: of the logits (N, num_classes, H, W) it gives.
+        width: ``"narrow"``: 3x3 conv-BN-ReLU to C / 4 and a 1x1 convolution; ``"wide"``: the same by way of 128
+            channels; ``"linear"``: the 1x1 convolution alone, where what stands in front is deep enough.
+
+    Raises:
+        ValueError: the features are no maps.
+    """
+    require("a head for pixels", features, (4,))
+    channels = _PIXEL_CHANNELS[width](features[1])
+    layers: list[nn.Module] = []
+    if channels is not None:
+        convolution = nn.Conv2d(features[1], channels, 3, padding=1, bias=False)
+        layers = [convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    head = nn.Sequential(*layers, nn.Conv2d(channels or features[1], num_classes, 1))
     init_weights(head)
     return head

@@ -24,7 +24,7 @@ class LocalNetwork(nn.Module):
     Args:
         partition: of the user's model, whose modules are trained in place.
         rule: what the auxiliary networks are.
-        criterion: loss of logits (N, num_classes) and targets.
+        criterion: loss of logits, as the model's, and targets.
         num_classes: None for the size of the model's output.
 
     Raises:
@@ -37,6 +37,13 @@ class LocalNetwork(nn.Module):
         if num_classes is not None and num_classes != outputs:
             raise ValueError(f"num_classes is {num_classes}, and the model's output has {outputs}; make them agree")
         rule.check(len(partition.segments), len(partition))
+        self.of_pixels = partition.of_pixels
+        if self.of_pixels and not rule.takes_pixels:
+            raise ValueError(
+                f"the auxiliary networks of the rule {rule.name!r}, or of its host, classify images, and "
+                f"{type(partition.model).__name__} gives logits of pixels (N, num_classes, H, W); choose 'dgl', or "
+                "'man', 'man++' or 'lookahead' with the host 'dgl'"
+            )
         like = next(partition.model.parameters())
         blocks: list[LocalBlock] = []
         for j in range(len(partition)):
@@ -71,8 +78,10 @@ class LocalNetwork(nn.Module):
     def least_images(self) -> int:
         """How many images a batch has to have: batch statistics of a local head, or of a copied unit, need two.
 
-        What the network's own layers need, they say themselves.
+        What the network's own layers need, they say themselves. An image that is segmented has many pixels.
         """
+        if self.of_pixels:
+            return 1
         beside = (m for block in self if block.auxiliary is not None for m in block.auxiliary.modules())
         return 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in beside) else 1
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from manpp_kernels.checkpoint import kept_rng_state
 from manpp_kernels.local.memory import saved_bytes_of
-from manpp_kernels.local.parts import Parts, take_apart
+from manpp_kernels.local.parts import Parts, logits_of, take_apart
 from manpp_kernels.local.recompute import Recomputed
 
 
@@ -49,7 +49,7 @@ class Partition:
         segments: the stem and then the units, measured.
         blocks: for each local block the range of its segments; the last block also carries the head.
         input_shape: of the example.
-        output_shape: of the model's output for the example, (N, num_classes).
+        output_shape: of the model's logits for the example, (N, num_classes), or (N, num_classes, H, W) of pixels.
     """
 
     model: nn.Module
@@ -61,6 +61,11 @@ class Partition:
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def of_pixels(self) -> bool:
+        """Whether the model classifies every pixel: semantic segmentation."""
+        return len(self.output_shape) == 4
 
     def names(self) -> list[list[str]]:
         """The names of the segments of each block."""
@@ -235,7 +240,7 @@ def _measure(model: nn.Module, parts: Parts, images: Tensor, by_memory: bool) ->
     # The parts too: an adapter may have put modules into them that the model has not.
     with evaluating(model, *(module for _, module in named), parts.head), torch.no_grad():
         # Clones, as a stem may begin in place, and the images are the caller's.
-        expected, x = model(images.clone()), images.clone()
+        expected, x = logits_of(model(images.clone())), images.clone()
         for name, module in named:
             saved = _saved_bytes(module, x) if by_memory else 0
             version = x._version
@@ -243,9 +248,22 @@ def _measure(model: nn.Module, parts: Parts, images: Tensor, by_memory: bool) ->
             segments.append(Segment(name, module, y.shape, saved, x._version != version))
             x = y
         output = _run_part("head", parts.head, x)
-    if not isinstance(expected, Tensor) or expected.dim() != 2:
+    if not isinstance(expected, Tensor) or expected.dim() not in (2, 4):
         found = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
-        raise ValueError(f"the model has to return logits (N, num_classes), and returned {found}")
+        raise ValueError(
+            "the model has to return logits (N, num_classes), or (N, num_classes, H, W) of pixels, and returned "
+            f"{found}"
+        )
+    if output.shape != expected.shape:
+        raise ValueError(
+            f"stem, units and head of {type(model).__name__}, run in a row, give {tuple(output.shape)} for images of "
+            f"{tuple(images.shape)}, and the model itself gives {tuple(expected.shape)}; "
+            + (
+                "take images whose sides are multiples of what the units reduce them by"
+                if expected.dim() == 4
+                else "register an adapter that takes the model's forward apart as it is"
+            )
+        )
     if not _alike(output, expected) or (_lost(output, expected) and _gives_again(model, images, expected)):
         raise ValueError(
             f"stem, units and head of {type(model).__name__}, run in a row, do not give what the model itself gives; "
@@ -295,7 +313,7 @@ def _lost(output: Tensor, expected: Tensor) -> bool:
 def _gives_again(model: nn.Module, images: Tensor, expected: Tensor) -> bool:
     """Whether the model gives the same bits a second time: no difference to it is by chance then."""
     with evaluating(model), torch.no_grad():
-        return torch.equal(model(images.clone()), expected)
+        return torch.equal(logits_of(model(images.clone())), expected)
 
 
 def _check_training(model: nn.Module, parts: Parts, images: Tensor) -> None:
@@ -325,7 +343,7 @@ def _in_training(module: nn.Module, images: Tensor) -> Any:
     for m in module.modules():
         m.training = not isinstance(m, nn.modules.batchnorm._NormBase)
     with kept_rng_state():
-        return module(images.clone())
+        return logits_of(module(images.clone()))
 
 
 def _check_parameters(model: nn.Module, named: list[tuple[str, nn.Module]]) -> None:

@@ -15,6 +15,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -35,6 +36,11 @@ def reset_parameters(module: nn.Module) -> None:
             m._reset_parameters()
 
 
+def logits_of(output: Any) -> Any:
+    """The logits in what a model returns: all of it, or the entry ``"out"``, as in torchvision's segmentation."""
+    return output.get("out") if isinstance(output, Mapping) else output
+
+
 def has_parameters(module: nn.Module) -> bool:
     """Whether there is any."""
     return any(True for _ in module.parameters())
@@ -42,12 +48,12 @@ def has_parameters(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Parts:
-    """A model taken apart: ``head(units[-1](... units[0](stem(images))))`` has to be what ``model(images)`` is.
+    """A model taken apart: ``head(units[-1](... units[0](stem(images))))`` has to be the logits of ``model(images)``.
 
     Attributes:
         stem: from images to the first unit's input.
         units: the residual or transformer blocks in order, by the names that boundaries are given in.
-        head: from the last unit's output to logits (N, num_classes).
+        head: from the last unit's output to logits (N, num_classes), or (N, num_classes, H, W) of pixels.
         init: initialises a fresh copy of a unit in place, as the model's own constructor does.
         recomputed: whether the units keep no activations, and run once more in the backward pass (copies of a unit in
             an auxiliary network keep theirs).
@@ -113,7 +119,10 @@ def take_apart(model: nn.Module) -> Parts:
 # been, and who has none of it needs none.
 _LIBRARIES = {
     "timm": ("manpp_kernels.local.adapters.timm", "manpp_kernels.local.adapters.timm_stages"),
-    "torchvision": ("manpp_kernels.local.adapters.torchvision",),
+    "torchvision": (
+        "manpp_kernels.local.adapters.torchvision",
+        "manpp_kernels.local.adapters.torchvision_segmentation",
+    ),
 }
 
 

@@ -134,22 +134,22 @@ def answers(
 ) -> tuple[Tensor | int, Tensor | int]:
     """How many predictions are right, and of how many, without waiting for the device.
 
-    Targets are class numbers (N,), of which those equal to ``ignored`` do not count, or (where floating-point targets
-    are ``probabilities``) of classes (N, C): every row none below 0, with the sum 1. Of any other targets nothing is
-    right or wrong: 0 of 0.
+    Targets are class numbers (N,), or of pixels (N, H, W), of which those equal to ``ignored`` do not count, or (where
+    floating-point targets are ``probabilities``) of classes (N, C): every row none below 0, with the sum 1. Of any
+    other targets nothing is right or wrong: 0 of 0.
     """
-    if logits.dim() != 2:
+    if logits.dim() not in (2, 4):
         return 0, 0
     if targets.is_floating_point():
-        if not probabilities or targets.shape != logits.shape or targets.shape[1] < 2:
+        if logits.dim() == 4 or not probabilities or targets.shape != logits.shape or targets.shape[1] < 2:
             return 0, 0
         # All rows or none: among images with several labels each, those that happen to have one are no sample of them.
         count = ((targets.sum(1) - 1).abs() < 0.01).all() & (targets >= 0).all()
         return (logits.argmax(1) == targets.argmax(1)).sum() * count, len(targets) * count
-    if targets.dim() != 1:
+    if targets.dim() != logits.dim() - 1:
         return 0, 0
     right = logits.argmax(1) == targets
     if ignored is None:
-        return right.sum(), len(targets)
+        return right.sum(), targets.numel()
     counts = targets != ignored
     return (right & counts).sum(), counts.sum()

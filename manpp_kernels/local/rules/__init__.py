@@ -36,12 +36,14 @@ class Rule:
             cannot be a host.
         overlapping: the losses of several blocks train one block, so that its gradients are complete only at the end
             of a step.
+        takes_pixels: whether its auxiliary networks can train a model that classifies pixels, not images.
     """
 
     Options: ClassVar[type[Any]] = NoOptions
     name: ClassVar[str]
     host_defaults: ClassVar[Mapping[str, Any] | None] = None
     overlapping: ClassVar[bool] = False
+    takes_pixels: bool = False
     momentum: float = 0.0
 
     def __init__(self, options: Any) -> None:
@@ -128,6 +130,7 @@ class Hosted(Rule):
     def __init__(self, options: HostedOptions) -> None:
         super().__init__(options)
         self.host = make_rule(options.host, options.host_options, hosting=True)
+        self.takes_pixels = self.host.takes_pixels
 
     def check(self, segments: int, blocks: int) -> None:
         check_units(self.name, segments)

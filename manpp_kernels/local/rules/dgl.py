@@ -3,6 +3,8 @@
 Every block but the last has a small classifier of its own and trains by its cross-entropy::
 
     L_j = criterion(head_j(x_j), target)
+
+Where the model classifies every pixel (semantic segmentation), so does every head.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from manpp_kernels.local.auxiliary import Auxiliary, Classifier, Site
-from manpp_kernels.local.heads import Width, dgl_head
+from manpp_kernels.local.auxiliary import Auxiliary, Classifier, PixelClassifier, Site
+from manpp_kernels.local.heads import Width, dgl_head, pixel_head
 from manpp_kernels.local.options import check_choices
 from manpp_kernels.local.rules import Rule, register
 
@@ -23,7 +25,8 @@ class DglOptions:
 
     Attributes:
         width: of the local head, ``"narrow"`` as in DGL, ``"wide"`` as the host of MAN++, or ``"linear"``, pooling
-            and one linear layer; see :func:`manpp_kernels.local.heads.dgl_head`.
+            and one linear layer; see :func:`manpp_kernels.local.heads.dgl_head`, and for a model that classifies pixels
+            :func:`manpp_kernels.local.heads.pixel_head`.
     """
 
     width: Width = "narrow"
@@ -39,5 +42,9 @@ class Dgl(Rule):
     Options = DglOptions
     host_defaults: ClassVar[Mapping[str, Any]] = {"width": "wide"}
 
+    takes_pixels = True
+
     def auxiliary(self, site: Site) -> Auxiliary:
+        if site.partition.of_pixels:
+            return PixelClassifier(pixel_head(site.features, site.num_classes, self.options.width), site.criterion)
         return Classifier(dgl_head(site.features, site.num_classes, self.options.width), site.criterion)

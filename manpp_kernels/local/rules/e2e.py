@@ -9,6 +9,8 @@ from manpp_kernels.local.rules import Rule, register
 class EndToEnd(Rule):
     """Backpropagation through the whole network."""
 
+    takes_pixels = True
+
     def default_blocks(self, segments: int) -> int:
         return 1
 

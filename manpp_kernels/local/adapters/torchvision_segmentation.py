@@ -1,0 +1,42 @@
+"""Torchvision's models of semantic segmentation as stem, units and head: FCN and DeepLabV3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torchvision.models.segmentation import FCN, DeepLabV3
+
+from manpp_kernels.local.parts import Parts, adapt, joined_units
+from manpp_kernels.models import cifar_resnet
+
+
+@adapt.register(FCN)
+@adapt.register(DeepLabV3)
+def _(model: FCN | DeepLabV3) -> Parts:
+    """The backbone's residual blocks; the classifier of pixels is the head."""
+    if model.aux_classifier is not None:
+        raise TypeError(
+            f"{type(model).__name__} has a classifier of its own between its blocks (aux_classifier), where local "
+            "learning puts others; make it with aux_loss=False"
+        )
+    row: list[tuple[str | None, nn.Module]] = []
+    for name, child in model.backbone.named_children():
+        if name.startswith("layer"):  # a stage of a ResNet
+            row += [(f"backbone.{name}.{block}", unit) for block, unit in child.named_children()]
+        else:  # a block of a MobileNet but for the first, or what a ResNet begins with
+            row.append((f"backbone.{name}" if name.isdecimal() and name != "0" else None, child))
+    stem, units = joined_units(row)
+    # The model itself resizes to the images, whose size the head does not see.
+    larger = nn.Upsample(scale_factor=reduction([stem, *units.values()]), mode="bilinear", align_corners=False)
+    return Parts(stem, units, nn.Sequential(model.classifier, larger), cifar_resnet.init_weights)
+
+
+def reduction(modules: Iterable[nn.Module]) -> int:
+    """By how much modules in a row reduce height and width: each layer of a row of them does so once, and each unit."""
+    found = 1
+    for module in modules:
+        for part in module if isinstance(module, nn.Sequential) else [module]:
+            strides = (m.stride for m in part.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d))
+            found *= max((s if isinstance(s, int) else max(s) for s in strides), default=1)
+    return found
