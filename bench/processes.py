@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from manpp_kernels.local import SavedTensorMeter, partition
-from manpp_kernels.local.partition import modules_of
+from manpp_kernels.local.partition import body
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
 
@@ -49,7 +49,7 @@ class Backpropagation:
     def __init__(self, model: nn.Module) -> None:
         rank, count = dist.get_rank(), dist.get_world_size()
         parts = partition(model, count, example=IMAGE, balance="memory")
-        part = nn.Sequential(*modules_of(parts, rank))
+        part = body(parts, rank)
         self.optimizer = torch.optim.SGD(part.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
         stage = PipelineStage(part, rank, count, torch.device("cpu"))
         self._schedule = Schedule1F1B(stage, MICRO_BATCHES, loss_fn=F.cross_entropy)

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from manpp_kernels import checkpoint
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.options import check_count
-from manpp_kernels.local.partition import evaluating, partition
+from manpp_kernels.local.partition import partition
 from manpp_kernels.local.parts import logits_of, take_apart
 from manpp_kernels.local.recompute import make_capturable
 from manpp_kernels.local.rules import make_rule
+from manpp_kernels.local.segments import evaluating
 from manpp_kernels.local.targets import Criterion, Targets
 from manpp_kernels.training.compiled import check_backend, compile_blocks
 from manpp_kernels.training.config import OptimizerFactory, SchedulerFactory, TrainerConfig, make_schedulers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import assert_agreed, on_ranks
+from test_taps import Skipping
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -65,6 +67,20 @@ def _steps(rank: int) -> None:
         state = ours.export_state_dict()
         _assert_same(ours, alone)
         assert all(torch.equal(a, state[key]) for key, a in alone.export_state_dict().items())
+
+    torch.manual_seed(0)
+    config = TrainerConfig(rule="dgl", blocks=4, learning_rate=0.05, pipeline=True)
+    skipping = Skipping()  # whose head looks at features of the other rank
+    ours = LocalTrainer(copy.deepcopy(skipping), config, example=(3, 8, 8))
+    torch.manual_seed(0)
+    alone = LocalTrainer(skipping, dataclasses.replace(config, pipeline=False), example=(3, 8, 8))
+    alone.network.load_state_dict(ours.network.state_dict())
+    for images, _ in batches:
+        batch = images, (images.sum(1) > 1.5).long()
+        ours.step(batch if rank == 0 else None)
+        alone.step(batch)
+    ours.export_state_dict()
+    _assert_same(ours, alone)
 
 
 def _three_steps(rank: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_taps import Skipping
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -245,6 +246,22 @@ def test_a_block_may_change_its_features_in_place(cuda: Races) -> None:
 
     plain, spread = make_one(), on_streams(make_one(), 2)
     for batch in batches(2):
+        plain.step(batch)
+        with cuda:
+            spread.step(batch)
+    assert cuda.found == []
+    for a, b in zip(plain.persistent_tensors(), spread.persistent_tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_features_that_the_head_looks_at_go_along(cuda: Races) -> None:
+    def make_one() -> LocalTrainer:
+        torch.manual_seed(0)
+        return LocalTrainer(Skipping().double(), TrainerConfig(rule="dgl", learning_rate=0.05), example=(3, 8, 8))
+
+    plain, spread = make_one(), on_streams(make_one(), 3)
+    for images, _ in batches(2):
+        batch = images, (images.sum(1) > 1.5).long()
         plain.step(batch)
         with cuda:
             spread.step(batch)

@@ -24,8 +24,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from manpp_kernels.local.partition import Partition, Segment
+from manpp_kernels.local.partition import Partition
 from manpp_kernels.local.parts import has_parameters
+from manpp_kernels.local.segments import Segment
 from manpp_kernels.local.targets import BatchError, Criterion
 from manpp_kernels.ops._checks import Rounding
 from manpp_kernels.ops.ema_scale_update import attach_effective_weights

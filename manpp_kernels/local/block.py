@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,11 +11,17 @@ from manpp_kernels.local.auxiliary import Auxiliary, EmaTransform, ParameterTran
 from manpp_kernels.local.targets import Criterion
 
 
+def each(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """``function`` of a tensor, or of each in a tuple."""
+    return tuple(map(function, x)) if isinstance(x, tuple) else function(x)
+
+
 class BlockOutput(NamedTuple):
     """What a local block gives: what it hands on, cut from the graph; its loss; the last block's logits.
 
-    What is handed on are the block's features. A rule whose blocks are its own may hand on more: it is passed to the
-    next block as it is, and looked at by nobody else.
+    What is handed on are the block's features; in a tuple with those that the head looks at from here or before, where
+    there are any. A rule whose blocks are its own may hand on more: it is passed to the next block as it is, and looked
+    at by nobody else.
     """
 
     features: Any
@@ -34,7 +41,7 @@ class LocalBlock(nn.Module):
         transforms: the EMA units of the auxiliary network.
     """
 
-    def __init__(self, body: nn.Sequential, auxiliary: Auxiliary | None, criterion: Criterion) -> None:
+    def __init__(self, body: nn.Module, auxiliary: Auxiliary | None, criterion: Criterion) -> None:
         super().__init__()
         self.body = body
         self.auxiliary = auxiliary
@@ -46,12 +53,14 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Any, images: Tensor, targets: Tensor) -> BlockOutput:
         """``x`` is what the previous block handed on; for the first block the images."""
-        features = self.body(x)
+        found = self.body(x)
         if self.auxiliary is None:
-            return BlockOutput(features.detach(), self.criterion(features, targets), features.detach())
+            return BlockOutput(found.detach(), self.criterion(found, targets), found.detach())
         for part in self._prepared:
             part.before_forward(images)
-        return BlockOutput(features.detach(), self.auxiliary(features, images, targets), None)
+        features = found[0] if isinstance(found, tuple) else found
+        loss = self.auxiliary(features, images, targets)
+        return BlockOutput(each(Tensor.detach, found), loss, None)
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that this block's loss trains."""

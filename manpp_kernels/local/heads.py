@@ -197,6 +197,8 @@ def pixel_head(features: Size, num_classes: int, width: Width) -> nn.Sequential:
     if channels is not None:
         convolution = nn.Conv2d(features[1], channels, 3, padding=1, bias=False)
         layers = [convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-    head = nn.Sequential(*layers, nn.Conv2d(channels or features[1], num_classes, 1))
+    head = nn.Sequential(*layers)
     init_weights(head)
+    # By PyTorch's own initial values: those of the other layers, for few classes, would give logits far too large.
+    head.append(nn.Conv2d(channels or features[1], num_classes, 1))
     return head

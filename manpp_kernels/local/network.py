@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from manpp_kernels.checkpoint import plain_numbers
 from manpp_kernels.local.auxiliary import EmaUpdates, Site
 from manpp_kernels.local.block import BlockOutput, LocalBlock
-from manpp_kernels.local.partition import Partition, modules_of
+from manpp_kernels.local.partition import Partition, body
 from manpp_kernels.local.rules import Rule
 from manpp_kernels.local.targets import Criterion
 
@@ -34,15 +34,19 @@ class LocalNetwork(nn.Module):
     def __init__(self, partition: Partition, rule: Rule, criterion: Criterion, num_classes: int | None = None) -> None:
         super().__init__()
         outputs = partition.output_shape[1]
-        if num_classes is not None and num_classes != outputs:
+        if num_classes is not None and num_classes != outputs and partition.parts.local_head is None:
             raise ValueError(f"num_classes is {num_classes}, and the model's output has {outputs}; make them agree")
         rule.check(len(partition.segments), len(partition))
-        self.of_pixels = partition.of_pixels
-        if self.of_pixels and not rule.takes_pixels:
+        if not partition.of_images and not rule.any_outputs:
             raise ValueError(
-                f"the auxiliary networks of the rule {rule.name!r}, or of its host, classify images, and "
-                f"{type(partition.model).__name__} gives logits of pixels (N, num_classes, H, W); choose 'dgl', or "
-                "'man', 'man++' or 'lookahead' with the host 'dgl'"
+                f"the auxiliary networks of the rule {rule.name!r}, or of its host, classify images, and what "
+                f"{type(partition.model).__name__} gives is {tuple(partition.output_shape)}; choose 'dgl', or 'man', "
+                "'man++' or 'lookahead' with the host 'dgl'"
+            )
+        if partition.parts.taps and type(rule).block is not Rule.block:
+            raise ValueError(
+                f"the blocks of the rule {rule.name!r} hand on features in a way of their own, and the head of "
+                f"{type(partition.model).__name__} looks at features of several units; choose another rule"
             )
         like = next(partition.model.parameters())
         blocks: list[LocalBlock] = []
@@ -58,7 +62,7 @@ class LocalNetwork(nn.Module):
                     )
                 auxiliary = rule.auxiliary(Site(partition, j, shape, outputs, criterion))
                 auxiliary.to(device=like.device, dtype=like.dtype)
-            blocks.append(rule.block(nn.Sequential(*modules_of(partition, j)), auxiliary, criterion, blocks))
+            blocks.append(rule.block(body(partition, j), auxiliary, criterion, blocks))
         if not blocks[-1].trainable():
             raise ValueError(
                 "nothing in the last block requires grad, so that its loss has nothing to train; unfreeze a part of "
@@ -78,9 +82,9 @@ class LocalNetwork(nn.Module):
     def least_images(self) -> int:
         """How many images a batch has to have: batch statistics of a local head, or of a copied unit, need two.
 
-        What the network's own layers need, they say themselves. An image that is segmented has many pixels.
+        What the network's own layers need, they say themselves. Of a model of pixels or places an image has many.
         """
-        if self.of_pixels:
+        if not self.partition.of_images:
             return 1
         beside = (m for block in self if block.auxiliary is not None for m in block.auxiliary.modules())
         return 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in beside) else 1

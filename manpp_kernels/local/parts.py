@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Size, Tensor, nn
 
 from manpp_kernels.models import cifar_resnet
 
@@ -50,6 +50,8 @@ def has_parameters(module: nn.Module) -> bool:
 class Parts:
     """A model taken apart: ``head(units[-1](... units[0](stem(images))))`` has to be the logits of ``model(images)``.
 
+    With taps it is ``head(x, *tapped)``: the output of the last unit, and those of the units named, in their order.
+
     Attributes:
         stem: from images to the first unit's input.
         units: the residual or transformer blocks in order, by the names that boundaries are given in.
@@ -57,6 +59,11 @@ class Parts:
         init: initialises a fresh copy of a unit in place, as the model's own constructor does.
         recomputed: whether the units keep no activations, and run once more in the backward pass (copies of a unit in
             an auxiliary network keep theirs).
+        taps: the units (or ``"stem"``) whose outputs the head looks at beside the last one's, without gradient where
+            they are another block's.
+        local_head: for a model whose outputs are no logits of images or pixels: from the shapes of features and of
+            images (with the batch dimension) and the width of the ``dgl`` rule to a module that takes such features
+            and gives outputs like the model's.
     """
 
     stem: nn.Module
@@ -64,6 +71,8 @@ class Parts:
     head: nn.Module
     init: Callable[[nn.Module], None] = reset_parameters
     recomputed: bool = False
+    taps: Sequence[str] = ()
+    local_head: Callable[[Size, Size, str], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.units, Mapping):
@@ -72,6 +81,38 @@ class Parts:
         for name, module in named.items():
             if not isinstance(module, nn.Module):
                 raise TypeError(f"{name} has to be a module, and is {type(module).__name__}; wrap a function in one")
+        names = ["stem", *self.units]
+        if list(self.taps) != [name for name in names[:-1] if name in self.taps]:
+            raise ValueError(
+                f"taps has to name units before the last one, in their order, and is {list(self.taps)}; there are "
+                f"{', '.join(names)}"
+            )
+
+
+class TappedRow(nn.Module):
+    """Modules in a row, which also hand on what a head further down looks at.
+
+    ``forward`` takes a tensor, or a tuple of it and what was tapped before, and gives such a tuple, or where the row
+    ends in the head what that gives.
+
+    Args:
+        modules: the row.
+        tapped: for each of them whether its output is handed on.
+        head: that the row ends in, if it does.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], tapped: Iterable[bool], head: nn.Module | None) -> None:
+        super().__init__()
+        self.row, self.head = nn.ModuleList(modules), head
+        self._tapped = list(tapped)
+
+    def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        y, *taps = x if isinstance(x, tuple) else (x,)
+        for module, tapped in zip(self.row, self._tapped, strict=True):
+            y = module(y)
+            if tapped:
+                taps.append(y)
+        return (y, *taps) if self.head is None else self.head(y, *taps)  # type: ignore[no-any-return]
 
 
 @functools.singledispatch

@@ -48,6 +48,7 @@ class Pipeline(Group):
         self._counts = _counts(counts, len(network), self.count)
         owner = [rank for rank, count in enumerate(self._counts) for _ in range(count)]
         self._range = range(owner.index(self.rank), owner.index(self.rank) + self._counts[self.rank])
+        self._taken = network.partition.handed_on(self._range.start - 1) if self.rank > 0 else 0
         self._tensors, home = _tensors(network, owner)
         # By rank and block: the parameters that the EMAs of a block follow, and that another rank trains.
         followed = [
@@ -99,11 +100,14 @@ class Pipeline(Group):
             self._mail.send(t, self.rank + 1)
 
     def take(self, block: int, x: Any) -> Any:
-        return self._receive() if block == self._range.start and self.rank > 0 else x
+        if block != self._range.start or self.rank == 0:
+            return x
+        found = tuple(self._receive() for _ in range(self._taken))
+        return found if self._taken > 1 else found[0]
 
     def give(self, block: int, x: Any) -> None:
         if block == self._range.stop - 1:
-            self.hand_on(x)
+            self.hand_on(*(x if isinstance(x, tuple) else (x,)))
 
     def _receive(self) -> Tensor:
         return self._mail.receive(self.rank - 1, self._device)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manpp_kernels.local.block import each
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.ops.detach_copy import detach_copy
 
@@ -89,12 +90,12 @@ class Streams(OneLane):
     def block(self, index: int) -> contextlib.AbstractContextManager[None]:
         return torch.cuda.stream(self._stream(index))
 
-    def take(self, index: int, x: Tensor) -> Tensor:
+    def take(self, index: int, x: Any) -> Any:
         if index == 0:
             return x
         stream = self._stream(index)
         stream.wait_event(self._handed_on[index - 1])
-        x = detach_copy(x)
+        x = each(detach_copy, x)
         # Behind this wait, which comes after all that it has to do by now, the stream before may use the memory of its
         # features again. (Tensor.record_stream would keep that until the end of a capture.)
         self._stream(index - 1).wait_event(stream.record_event())

@@ -1,11 +1,11 @@
-"""Torchvision's models of semantic segmentation as stem, units and head: FCN and DeepLabV3."""
+"""Torchvision's models of semantic segmentation as stem, units and head: FCN, DeepLabV3 and LRASPP."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
-from torchvision.models.segmentation import FCN, DeepLabV3
+from torch import Tensor, nn
+from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 
 from manpp_kernels.local.parts import Parts, adapt, joined_units
 from manpp_kernels.models import cifar_resnet
@@ -20,16 +20,44 @@ def _(model: FCN | DeepLabV3) -> Parts:
             f"{type(model).__name__} has a classifier of its own between its blocks (aux_classifier), where local "
             "learning puts others; make it with aux_loss=False"
         )
+    stem, units = backbone_units(model.backbone)
+    # The model itself resizes to the images, whose size the head does not see.
+    larger = nn.Upsample(scale_factor=reduction([stem, *units.values()]), mode="bilinear", align_corners=False)
+    return Parts(stem, units, nn.Sequential(model.classifier, larger), cifar_resnet.init_weights)
+
+
+@adapt.register
+def _(model: LRASPP) -> Parts:
+    """Inverted residual blocks; the classifier looks at features of two depths."""
+    stem, units = backbone_units(model.backbone)
+    (low,) = (f"backbone.{name}" for name, taken in model.backbone.return_layers.items() if taken == "low")
+    names = list(units)
+    up_to_low = reduction([stem, *(units[name] for name in names[: names.index(low) + 1])])
+    head = LrasppHead(model.classifier, up_to_low)
+    return Parts(stem, units, head, cifar_resnet.init_weights, taps=(low,))
+
+
+class LrasppHead(nn.Module):
+    """LRASPP's classifier of high and low features, and bilinear interpolation by a factor."""
+
+    def __init__(self, classifier: nn.Module, factor: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.larger = nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=False)
+
+    def forward(self, high: Tensor, low: Tensor) -> Tensor:
+        return self.larger(self.classifier({"high": high, "low": low}))  # type: ignore[no-any-return]
+
+
+def backbone_units(backbone: nn.Module) -> tuple[nn.Sequential, dict[str, nn.Module]]:
+    """The stem and the residual blocks of a ResNet or a MobileNet."""
     row: list[tuple[str | None, nn.Module]] = []
-    for name, child in model.backbone.named_children():
+    for name, child in backbone.named_children():
         if name.startswith("layer"):  # a stage of a ResNet
             row += [(f"backbone.{name}.{block}", unit) for block, unit in child.named_children()]
         else:  # a block of a MobileNet but for the first, or what a ResNet begins with
             row.append((f"backbone.{name}" if name.isdecimal() and name != "0" else None, child))
-    stem, units = joined_units(row)
-    # The model itself resizes to the images, whose size the head does not see.
-    larger = nn.Upsample(scale_factor=reduction([stem, *units.values()]), mode="bilinear", align_corners=False)
-    return Parts(stem, units, nn.Sequential(model.classifier, larger), cifar_resnet.init_weights)
+    return joined_units(row)
 
 
 def reduction(modules: Iterable[nn.Module]) -> int:

@@ -36,14 +36,14 @@ class Rule:
             cannot be a host.
         overlapping: the losses of several blocks train one block, so that its gradients are complete only at the end
             of a step.
-        takes_pixels: whether its auxiliary networks can train a model that classifies pixels, not images.
+        any_outputs: whether its auxiliary networks can train a model that gives others than logits of images.
     """
 
     Options: ClassVar[type[Any]] = NoOptions
     name: ClassVar[str]
     host_defaults: ClassVar[Mapping[str, Any] | None] = None
     overlapping: ClassVar[bool] = False
-    takes_pixels: bool = False
+    any_outputs: bool = False
     momentum: float = 0.0
 
     def __init__(self, options: Any) -> None:
@@ -80,7 +80,7 @@ class Rule:
         raise NotImplementedError
 
     def block(
-        self, body: nn.Sequential, auxiliary: Auxiliary | None, criterion: Criterion, before: Sequence[LocalBlock]
+        self, body: nn.Module, auxiliary: Auxiliary | None, criterion: Criterion, before: Sequence[LocalBlock]
     ) -> LocalBlock:
         """A local block, given those ``before`` it; for rules whose blocks hand on more than their features."""
         return LocalBlock(body, auxiliary, criterion)
@@ -130,7 +130,7 @@ class Hosted(Rule):
     def __init__(self, options: HostedOptions) -> None:
         super().__init__(options)
         self.host = make_rule(options.host, options.host_options, hosting=True)
-        self.takes_pixels = self.host.takes_pixels
+        self.any_outputs = self.host.any_outputs
 
     def check(self, segments: int, blocks: int) -> None:
         check_units(self.name, segments)

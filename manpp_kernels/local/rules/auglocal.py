@@ -21,9 +21,9 @@ from torch import Size, nn
 from manpp_kernels.local.auxiliary import Auxiliary, Classifier, Site, copy_unit
 from manpp_kernels.local.features import describe, linear_head, require
 from manpp_kernels.local.options import check_count, check_fraction
-from manpp_kernels.local.partition import Segment
 from manpp_kernels.local.residual import LinearBlock, residual_block
 from manpp_kernels.local.rules import Rule, register
+from manpp_kernels.local.segments import Segment
 from manpp_kernels.models.cifar_resnet import init_weights
 
 

@@ -42,9 +42,12 @@ class Dgl(Rule):
     Options = DglOptions
     host_defaults: ClassVar[Mapping[str, Any]] = {"width": "wide"}
 
-    takes_pixels = True
+    any_outputs = True
 
     def auxiliary(self, site: Site) -> Auxiliary:
-        if site.partition.of_pixels:
-            return PixelClassifier(pixel_head(site.features, site.num_classes, self.options.width), site.criterion)
-        return Classifier(dgl_head(site.features, site.num_classes, self.options.width), site.criterion)
+        partition, width = site.partition, self.options.width
+        if partition.parts.local_head is not None:
+            return Classifier(partition.parts.local_head(site.features, partition.input_shape, width), site.criterion)
+        if partition.of_pixels:
+            return PixelClassifier(pixel_head(site.features, site.num_classes, width), site.criterion)
+        return Classifier(dgl_head(site.features, site.num_classes, width), site.criterion)

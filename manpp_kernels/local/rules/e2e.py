@@ -9,7 +9,7 @@ from manpp_kernels.local.rules import Rule, register
 class EndToEnd(Rule):
     """Backpropagation through the whole network."""
 
-    takes_pixels = True
+    any_outputs = True
 
     def default_blocks(self, segments: int) -> int:
         return 1

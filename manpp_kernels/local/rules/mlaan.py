@@ -31,9 +31,9 @@ from manpp_kernels.local.auxiliary import Auxiliary, Init, Site, SumTransform, c
 from manpp_kernels.local.block import BlockOutput, LocalBlock
 from manpp_kernels.local.features import linear_head
 from manpp_kernels.local.options import check_choices, check_count, check_fraction, check_weight
-from manpp_kernels.local.partition import Segment
 from manpp_kernels.local.parts import has_parameters
 from manpp_kernels.local.rules import Rule, check_units, register
+from manpp_kernels.local.segments import Segment
 from manpp_kernels.local.targets import Criterion
 
 
@@ -131,7 +131,7 @@ class CascadedBlock(LocalBlock):
     """A local block whose loss also reaches the block before it, through the cascaded path."""
 
     def __init__(
-        self, body: nn.Sequential, auxiliary: Auxiliary | None, criterion: Criterion, before: Sequence[LocalBlock]
+        self, body: nn.Module, auxiliary: Auxiliary | None, criterion: Criterion, before: Sequence[LocalBlock]
     ) -> None:
         super().__init__(body, auxiliary, criterion)
         self._place = len(before)
@@ -184,6 +184,6 @@ class Mlaan(Rule):
         )
 
     def block(
-        self, body: nn.Sequential, auxiliary: Auxiliary | None, criterion: Criterion, before: Sequence[LocalBlock]
+        self, body: nn.Module, auxiliary: Auxiliary | None, criterion: Criterion, before: Sequence[LocalBlock]
     ) -> LocalBlock:
         return CascadedBlock(body, auxiliary, criterion, before)
