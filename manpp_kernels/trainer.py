@@ -108,6 +108,8 @@ class LocalTrainer:
         self.model = model.to(self.device)
         blocks = rule.default_blocks(1 + len(take_apart(model).units)) if config.blocks is None else config.blocks
         parts = partition(model, blocks, example=example, balance=config.balance, recompute=config.recompute)
+        if criterion is None and parts.parts.local_head is not None:
+            raise ValueError(f"{type(model).__name__} gives no logits of classes; give the trainer a criterion")
         self._targets = Targets(criterion, config.label_smoothing, self.device)
         # The layout comes last: initial values are drawn in the order of memory, and should not depend on it.
         self.network = LocalNetwork(parts, rule, self._targets.criterion, num_classes).to(memory_format=self._layout)

@@ -164,6 +164,17 @@ def on_streams(trainer: LocalTrainer, count: int) -> LocalTrainer:
     return trainer
 
 
+def assert_alike(cuda: Races, plain: LocalTrainer, spread: LocalTrainer, given: list[tuple[Tensor, Tensor]]) -> None:
+    """Both are the same after these batches, and no block worked with what was not there yet."""
+    for batch in given:
+        plain.step(batch)
+        with cuda:
+            spread.step(batch)
+    assert cuda.found == []
+    for a, b in zip(plain.persistent_tensors(), spread.persistent_tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("streams", [2, 3, 16])
 @pytest.mark.parametrize("case", CASES)
 def test_no_block_works_with_what_is_not_there_yet(cuda: Races, case: str, streams: int) -> None:
@@ -245,13 +256,7 @@ def test_a_block_may_change_its_features_in_place(cuda: Races) -> None:
         return LocalTrainer(model, TrainerConfig(rule="dgl", blocks=2), example=(3, 8, 8))
 
     plain, spread = make_one(), on_streams(make_one(), 2)
-    for batch in batches(2):
-        plain.step(batch)
-        with cuda:
-            spread.step(batch)
-    assert cuda.found == []
-    for a, b in zip(plain.persistent_tensors(), spread.persistent_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_alike(cuda, plain, spread, batches(2))
 
 
 def test_features_that_the_head_looks_at_go_along(cuda: Races) -> None:
@@ -260,14 +265,7 @@ def test_features_that_the_head_looks_at_go_along(cuda: Races) -> None:
         return LocalTrainer(Skipping().double(), TrainerConfig(rule="dgl", learning_rate=0.05), example=(3, 8, 8))
 
     plain, spread = make_one(), on_streams(make_one(), 3)
-    for images, _ in batches(2):
-        batch = images, (images.sum(1) > 1.5).long()
-        plain.step(batch)
-        with cuda:
-            spread.step(batch)
-    assert cuda.found == []
-    for a, b in zip(plain.persistent_tensors(), spread.persistent_tensors(), strict=True):
-        assert torch.equal(a, b)
+    assert_alike(cuda, plain, spread, [(x, (x.sum(1) > 1.5).long()) for x, _ in batches(2)])
 
 
 @pytest.mark.parametrize("rule", ["lookahead", "mlaan"])

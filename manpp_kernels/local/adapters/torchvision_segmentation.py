@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 
-from manpp_kernels.local.parts import Parts, adapt, joined_units
+from manpp_kernels.local.parts import Parts, adapt, joined_units, reduction
 from manpp_kernels.models import cifar_resnet
 
 
@@ -58,13 +56,3 @@ def backbone_units(backbone: nn.Module) -> tuple[nn.Sequential, dict[str, nn.Mod
         else:  # a block of a MobileNet but for the first, or what a ResNet begins with
             row.append((f"backbone.{name}" if name.isdecimal() and name != "0" else None, child))
     return joined_units(row)
-
-
-def reduction(modules: Iterable[nn.Module]) -> int:
-    """By how much modules in a row reduce height and width: each layer of a row of them does so once, and each unit."""
-    found = 1
-    for module in modules:
-        for part in module if isinstance(module, nn.Sequential) else [module]:
-            strides = (m.stride for m in part.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d))
-            found *= max((s if isinstance(s, int) else max(s) for s in strides), default=1)
-    return found

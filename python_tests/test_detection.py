@@ -1,0 +1,151 @@
+"""RetinaNet in local blocks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from manpp_kernels.local import partition
+from manpp_kernels.local.detection import RetinaNetLoss, RetinaNetOutputs, detection_batch, stage_ends
+from manpp_kernels.local.targets import BatchError
+from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+
+SIDE, CLASSES, CHANNELS = 64, 3, 16
+NARROW = {"host_options": {"width": "narrow"}}
+
+
+def detector() -> RetinaNet:
+    """A small one, whose anchors fit small images."""
+    torch.manual_seed(0)
+    body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    backbone = BackboneWithFPN(body, layers, [128, 256, 512], CHANNELS, LastLevelP6P7(CHANNELS, CHANNELS))
+    sizes = tuple((side, int(1.3 * side)) for side in (8, 16, 32, 48, 64))
+    generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+    return RetinaNet(backbone, CLASSES, min_size=SIDE, max_size=SIDE, anchor_generator=generator)
+
+
+def scenes(count: int = 3) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Real digits, two of each image, large and small ones as two classes; the last image has none."""
+    data = torch.from_numpy(load_digits().images / 16).float()
+    images, targets = [], []
+    for i in range(count):
+        image, boxes = torch.zeros(3, SIDE, SIDE), []
+        for j, (side, top, left) in enumerate([(32, 4 + 2 * i, 4), (16, 40, 40 - 3 * i)] if i < count - 1 else []):
+            digit = F.interpolate(data[None, None, 2 * i + j], side, mode="bilinear")[0]
+            image[:, top : top + side, left : left + side] = digit
+            boxes.append([left, top, left + side, top + side])
+        images.append(image)
+        labels = torch.tensor([1, 2][: len(boxes)], dtype=torch.int64)
+        targets.append({"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": labels})
+    return images, targets
+
+
+def make(found: RetinaNet, **settings: Any) -> LocalTrainer:
+    config = TrainerConfig(**{"blocks": stage_ends(found), "learning_rate": 0.01, **settings})
+    return LocalTrainer(RetinaNetOutputs(found), config, example=(3, SIDE, SIDE), criterion=RetinaNetLoss(found))
+
+
+def test_end_to_end_is_torchvisions_own_training() -> None:
+    model = detector()
+    twin = copy.deepcopy(model).train()
+    images, targets = scenes()
+    images[1] = F.pad(images[1], (0, 0, 0, -16))  # of another size: it is resized, normalised and padded
+    trainer = make(model, rule="e2e", blocks=1)
+    result = trainer.step(detection_batch(model, images, targets))
+    loss = sum(twin(images, [dict(t) for t in targets]).values())
+    loss.backward()
+    trainer.config.sgd(list(twin.parameters())).step()
+    torch.testing.assert_close(result.losses[0], loss.detach())
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+    exported = trainer.export_state_dict()
+    assert {key.removeprefix("detector.") for key in exported} == set(twin.state_dict())
+
+
+def test_the_loss_of_the_pyramid_stays_in_the_last_block() -> None:
+    """A step of DGL, by hand."""
+    model = detector()
+    trainer = make(model, rule="dgl")
+    assert trainer.network.partition.names()[1:] == [["layer2.0"], ["layer3.0"], ["layer4.0"]]
+    twin = copy.deepcopy(trainer.network)
+    batch = images, targets = detection_batch(model, *scenes())
+    result = trainer.step(batch)
+
+    segments = [segment.module for segment in twin.partition.segments]
+    criterion, x, features = RetinaNetLoss(model), images, []
+    losses = []
+    for j, modules in enumerate([segments[:2], segments[2:3], segments[3:4]]):
+        x = nn.Sequential(*modules)(x)
+        losses.append(criterion(twin.blocks[j].auxiliary.head(x), targets))
+        x = x.detach()
+        features.append(x)
+    losses.append(criterion(twin.partition.parts.head(segments[4](x), *features[1:]), targets))
+    for loss in losses:
+        loss.backward()
+    trainer.config.sgd([p for p in twin.parameters() if p.grad is not None]).step()
+    torch.testing.assert_close(result.losses, [loss.detach() for loss in losses])
+    for a, b in zip(trainer.network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("width", ["narrow", "wide", "linear"])
+def test_every_block_looks_at_the_level_of_its_stride(width: str) -> None:
+    """Behind the next unit, as MAN++ has it: P3, P4, and P5 to P7."""
+    trainer = make(detector(), rule="man++", rule_options={"host_options": {"width": width}})
+    images, _ = detection_batch(trainer.model.detector, *scenes())
+    of_model = trainer.model(images)[..., -4:]
+    ends = [64 * 6, 64 * 6 + 16 * 6, of_model.shape[1]]
+    x = images
+    for block, start, end in zip(trainer.network, [0, *ends], ends, strict=False):
+        x = block.body(x)
+        features = x[0] if isinstance(x, tuple) else x
+        outputs = block.auxiliary.host.head(block.auxiliary.transform(features))
+        assert outputs.shape == (3, end - start, CLASSES + 8)
+        assert torch.equal(outputs[..., -4:], of_model[:, start:end])
+        # Everything is background at first.
+        assert outputs[..., :CLASSES].sigmoid().max() < 0.2
+
+
+def test_training_learns() -> None:
+    model = detector()
+    trainer = LocalTrainer(
+        RetinaNetOutputs(model),
+        TrainerConfig(rule="man++", rule_options=NARROW, blocks=stage_ends(model), clip_norm=1.0),
+        example=(3, SIDE, SIDE),
+        criterion=RetinaNetLoss(model),
+        optimizer=functools.partial(torch.optim.Adam, lr=1e-3),
+    )
+    images, targets = scenes()
+    batch = detection_batch(model, images, targets)
+    losses = [torch.stack(trainer.step(batch).losses) for _ in range(20)]
+    assert (losses[-1] < 0.5 * losses[0]).all(), "every block has learned"
+    row = trainer.fit([batch], 1, val_loader=[batch])[-1]
+    assert (row["train_acc"], row["val_acc"]) == (None, None)
+    assert row["val_loss"] > 0
+
+
+def test_errors() -> None:
+    model = detector()
+    trainer = make(model, rule="dgl")
+    images, _ = detection_batch(model, *scenes())
+    with pytest.raises(BatchError, match=r"have to be \(N, boxes, 5\), as detection_batch makes them, and are \(3,\)"):
+        trainer.step((images, torch.zeros(3)))
+    with pytest.raises(ValueError, match="RetinaNetOutputs gives no logits of classes; give the trainer a criterion"):
+        LocalTrainer(RetinaNetOutputs(model), TrainerConfig(rule="dgl"), example=(3, SIDE, SIDE))
+    with pytest.raises(ValueError, match=r"rule 'predsim'.* classify images, and what RetinaNetOutputs gives is"):
+        make(detector(), rule="predsim")
+    model.backbone = nn.Identity()
+    with pytest.raises(TypeError, match=r"of a ResNet alone .* and the backbone is Identity"):
+        partition(RetinaNetOutputs(model), 4, example=(3, SIDE, SIDE))
