@@ -47,7 +47,37 @@ def _assert_same(found: LocalTrainer, expected: LocalTrainer) -> None:
         assert torch.equal(a, b)
 
 
+class Centred(nn.Module):
+    """Puts another tensor in its buffer's place in every forward pass."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, features)
+        self.register_buffer("mean", torch.zeros(features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        return self.linear(x - self.mean)
+
+
+def _replaced_buffers(rank: int) -> None:
+    def trainer(pipeline: bool) -> LocalTrainer:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), Centred(4), Centred(4), nn.Linear(4, 2))
+        return LocalTrainer(model, TrainerConfig(rule="dgl", blocks=3, pipeline=pipeline), example=(4,))
+
+    ours, alone = trainer(True), trainer(False)
+    for _ in range(2):
+        batch = torch.randn(6, 4), torch.arange(6) % 2
+        ours.step(batch if rank == 0 else None)
+        alone.step(batch)
+    state = ours.export_state_dict()
+    assert all(torch.equal(a, state[key]) for key, a in alone.export_state_dict().items())
+
+
 def _steps(rank: int) -> None:
+    _replaced_buffers(rank)
     torch.manual_seed(5)
     batches = [(torch.rand(8, 3, 8, 8), torch.randint(4, (8,))) for _ in range(3)]
     for name, settings in TRAININGS.items():

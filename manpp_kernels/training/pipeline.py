@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from manpp_kernels.local.network import LocalNetwork
+from manpp_kernels.local.network import LocalBlock, LocalNetwork
 from manpp_kernels.training.epoch import EpochTotals
 from manpp_kernels.training.group import Group, alike, broadcast, flatten, unflatten
 from manpp_kernels.training.progress import length_of
@@ -49,7 +49,8 @@ class Pipeline(Group):
         owner = [rank for rank, count in enumerate(self._counts) for _ in range(count)]
         self._range = range(owner.index(self.rank), owner.index(self.rank) + self._counts[self.rank])
         self._taken = network.partition.handed_on(self._range.start - 1) if self.rank > 0 else 0
-        self._tensors, home = _tensors(network, owner)
+        home = _homes(network, owner)
+        self._blocks = [[b for b, its in zip(network, owner, strict=True) if its == rank] for rank in range(self.count)]
         # By rank and block: the parameters that the EMAs of a block follow, and that another rank trains.
         followed = [
             (owner[j], j, home[source], source)
@@ -135,8 +136,9 @@ class Pipeline(Group):
             return
         if self._behind:
             self._catch_up()
-        for rank, tensors in enumerate(self._tensors):
-            broadcast(tensors, rank)
+        for rank, blocks in enumerate(self._blocks):
+            # Looked up anew, as a forward pass may put another tensor in a buffer's place; what blocks share, once.
+            broadcast(list(dict.fromkeys(itertools.chain.from_iterable(map(_tensors, blocks)))), rank)
         self._apart = False
 
     def end_epoch(self) -> None:
@@ -219,9 +221,12 @@ def _counts(counts: Sequence[int] | bool, blocks: int, ranks: int) -> tuple[int,
     return tuple(counts)
 
 
-def _tensors(network: LocalNetwork, owner: Sequence[int]) -> tuple[list[list[Tensor]], dict[Tensor, int]]:
-    """What each rank trains, and the block that every tensor is of."""
-    tensors: list[list[Tensor]] = [[] for _ in range(1 + owner[-1])]
+def _tensors(block: LocalBlock) -> Iterator[Tensor]:
+    return itertools.chain(block.parameters(), block.buffers())
+
+
+def _homes(network: LocalNetwork, owner: Sequence[int]) -> dict[Tensor, int]:
+    """The block that every tensor is of; raises where it is of blocks of several ranks."""
     home: dict[Tensor, int] = {}
     for j, block in enumerate(network):
         for name, t in itertools.chain(block.named_parameters(), block.named_buffers()):
@@ -230,9 +235,7 @@ def _tensors(network: LocalNetwork, owner: Sequence[int]) -> tuple[list[list[Ten
                     f"blocks {home[t]} and {j} share {name}, which ranks {owner[home[t]]} and {owner[j]} of a pipeline "
                     "would both train; share the blocks out in another way (pipeline), or copy it"
                 )
-            if home[t] == j:
-                tensors[owner[j]].append(t)
-    return tensors, home
+    return home
 
 
 def _on_cpu(value: Any) -> Any:
