@@ -115,7 +115,7 @@ class LocalTrainer:
         self.network = LocalNetwork(parts, rule, self._targets.criterion, num_classes).to(memory_format=self._layout)
         self._ranks: Alone
         if config.shares_out:
-            self._ranks = Pipeline(self.network, self.device, config.pipeline)
+            self._ranks = Pipeline(self.network, self.device, config)
         else:
             self._ranks = Replicas(self.network, self.device) if config.data_parallel else Alone()
         if config.compile is not None:
@@ -267,7 +267,8 @@ class LocalTrainer:
             TypeError: ``epochs`` is no whole number (an endless training is one of many: ``10**9``); or as
                 :meth:`step`.
             ValueError: it is negative; the loader gives no batch; ``val_loader`` has none; ``checkpoint_every`` or
-                ``resume=True`` without ``checkpoint_dir``; or as :meth:`step`.
+                ``resume=True`` without ``checkpoint_dir``; of several ranks one is given what others are not; or as
+                :meth:`step`.
             FileExistsError: ``checkpoint_dir`` has the checkpoint of another training.
             OSError: nothing can be written to ``checkpoint_dir``. Like the errors before, it comes before the first
                 step.
@@ -275,6 +276,15 @@ class LocalTrainer:
         """
         self._check_model()
         check_count("epochs", epochs, least=0)
+        self._ranks.agree(
+            epochs=epochs,
+            val_loader=None if val_loader is None else "a loader",
+            checkpoint_dir=None if checkpoint_dir is None else "a folder",
+            checkpoint_every=checkpoint_every,
+            resume=bool(resume),
+            epoch=self.epoch,
+            position=self.position,
+        )
         loader = self._ranks.loader(loader)
         path = self._begin(loader, val_loader, checkpoint_dir, checkpoint_every, resume)
         self.interrupted = self._stepping = False

@@ -182,6 +182,8 @@ def _failing_validation(rank: int) -> None:
         raise ZeroDivisionError
 
     whole, second = trainer(), trainer()
+    with pytest.raises(ValueError, match="val_loader has to be the same on every rank, and is a loader, None"):
+        whole.fit(loader(), 2, val_loader=loader() if rank == 0 else None)
     whole.fit(loader(), 2)
     with pytest.raises(ZeroDivisionError):
         trainer().fit(loader(), 2, val_loader=broken(), checkpoint_dir="failing")

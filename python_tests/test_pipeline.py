@@ -216,6 +216,13 @@ def _errors(rank: int) -> None:
         _trainer({"rule": "e2e", "blocks": 1})
     with pytest.raises(ValueError, match="on every rank the same number, and they have an unknown number, 6"):
         _trainer({"rule": "dgl"}).fit(DataLoader(Endless(), 2) if rank == 0 else _loader(), 1)
+    with pytest.raises(ValueError, match=r"rank 1 has another network to train than rank 0: make it of the same model"):
+        _trainer({"rule": "dgl", "blocks": 4 - rank})
+    with pytest.raises(ValueError, match="accumulate has to be the same on every rank, and is 1, 2"):
+        _trainer({"rule": "dgl", "accumulate": 1 + rank})
+    trainer = _trainer({"rule": "dgl"})
+    with pytest.raises(ValueError, match="epochs has to be the same on every rank, and is 1, 2"):
+        trainer.fit(_loader(), 1 + rank)
     norm = nn.BatchNorm1d(4, affine=False)
     model = nn.Sequential(
         nn.Sequential(nn.Linear(4, 4), norm), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), norm), nn.Linear(4, 2)

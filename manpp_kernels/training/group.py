@@ -88,6 +88,9 @@ class Alone:
         """The values of all ranks, in their order, on every rank."""
         return [value]
 
+    def agree(self, **values: object) -> None:
+        """Raise ValueError, on every rank, where a value is not the same on all: they would wait for each other."""
+
     def first(self, action: Callable[[], None]) -> None:
         """Rank 0 does it, and the others wait for it; where it fails, every rank raises."""
         action()
@@ -103,6 +106,7 @@ class Group(Alone):
 
     Raises:
         RuntimeError: there is no process group.
+        ValueError: a rank has other tensors.
     """
 
     def __init__(self, setting: str, tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -112,6 +116,13 @@ class Group(Alone):
                 "torch.distributed.init_process_group() before the trainer is made"
             )
         self.rank, self.count, self._device = dist.get_rank(), dist.get_world_size(), device
+        every = self.gather([(str(t.dtype), tuple(t.shape)) for t in tensors])
+        for rank, found in enumerate(every):
+            if found != every[0]:
+                raise ValueError(
+                    f"rank {rank} has another network to train than rank 0: make it of the same model, with the same "
+                    "settings, on every rank"
+                )
         broadcast(tensors, 0)
 
     def gather(self, value: Any) -> list[Any]:
@@ -120,6 +131,13 @@ class Group(Alone):
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
             dist.all_gather_object(values, value)
         return values
+
+    def agree(self, **values: object) -> None:
+        every = self.gather(values)
+        for name in values:
+            found = [value[name] for value in every]
+            if any(value != found[0] for value in found):
+                raise ValueError(f"{name} has to be the same on every rank, and is {', '.join(map(str, found))}")
 
     def first(self, action: Callable[[], None]) -> None:
         failed: Exception | None = None

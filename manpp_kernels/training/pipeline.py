@@ -7,6 +7,7 @@ a unit that another rank trains. The values are those of the blocks one after th
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
+from manpp_kernels.training.config import TrainerConfig
 from manpp_kernels.training.epoch import EpochTotals
 from manpp_kernels.training.group import Group, alike, broadcast, flatten, unflatten
 from manpp_kernels.training.progress import length_of
@@ -31,21 +33,26 @@ class Pipeline(Group):
     Args:
         network: all of it, on every rank; rank 0's values become everyone's.
         device: that this rank trains on.
-        counts: how many blocks each rank trains; True shares them out evenly, in doubt more to the later ranks.
+        config: says in ``pipeline`` how many blocks each rank trains; True shares them out evenly, in doubt more to the
+            later ranks.
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: ``counts`` do not fit the ranks and the blocks; or two ranks would train the same tensor.
+        ValueError: the numbers do not fit the ranks and the blocks, or the config is another on another rank; or two
+            ranks would train the same tensor.
     """
 
     parts = (*Group.parts, "optimizers", "schedulers", "classes")
 
-    def __init__(self, network: LocalNetwork, device: torch.device, counts: Sequence[int] | bool = True) -> None:
+    def __init__(self, network: LocalNetwork, device: torch.device, config: TrainerConfig) -> None:
         super().__init__("pipeline", network.persistent_tensors(), device)
+        # As text, which can be sent and compared whatever it is; a rule's options have none where they hold functions.
+        fields = (f.name for f in dataclasses.fields(config) if f.name not in ("rule_options", "measure_memory"))
+        self.agree(**{name: repr(getattr(config, name)) for name in fields})
         # Parameters on their way back are not to wait behind features on their way on.
         self._back = dist.new_group()
         self._mail = _Mail(dist.new_group(backend="gloo"))
-        self._counts = _counts(counts, len(network), self.count)
+        self._counts = _counts(config.pipeline, len(network), self.count)
         owner = [rank for rank, count in enumerate(self._counts) for _ in range(count)]
         self._range = range(owner.index(self.rank), owner.index(self.rank) + self._counts[self.rank])
         self._taken = network.partition.handed_on(self._range.start - 1) if self.rank > 0 else 0
