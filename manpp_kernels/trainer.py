@@ -338,7 +338,7 @@ class LocalTrainer:
         """The rest of an epoch; False where it was interrupted."""
         totals = self._progress.totals
         meter = EpochMeter(totals, self.config, self.device, self.persistent_tensors)
-        for batch in self._progress.batches(loader):
+        for batch in self._ranks.counted(self._progress.batches(loader), self.position):
             with meter.step():
                 result = self.step(batch)
             self._progress.position += 1

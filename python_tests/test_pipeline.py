@@ -243,6 +243,32 @@ def test_three_ranks(tmp_path: Path) -> None:
     on_ranks(3, _three_steps, tmp_path)
 
 
+class Miscounted:
+    def __init__(self, batches: int) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Any:
+        return iter([(torch.randn(4, 3, 8, 8), torch.arange(4))] * self._batches)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+def test_loaders_that_miscount(tmp_path: Path) -> None:
+    """Other ranks would wait, so that the first is to say so; here it is the only one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        trainer = _trainer({"rule": "dgl"})
+        trainer.fit(Miscounted(2), 1)
+        with pytest.raises(ValueError, match="the loader says that it has 2 batches, and gave 1: the other ranks"):
+            trainer.fit(Miscounted(1), 2)
+        with pytest.raises(ValueError, match="the loader says that it has 2 batches, and gave more"):
+            _trainer({"rule": "dgl"}).fit(Miscounted(3), 1)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -52,6 +52,10 @@ class Alone:
         """What this rank goes through in an epoch."""
         return loader
 
+    def counted(self, batches: Iterable[Any], done: int) -> Iterable[Any]:
+        """The rest of an epoch's batches, of which so many are ``done``; other ranks may count on their number."""
+        return batches
+
     def batch(self, batch: Any) -> Any:
         """The batch of the step that begins, of which this rank was given ``batch``."""
         return batch

@@ -95,7 +95,23 @@ class Pipeline(Group):
                 "a pipeline needs loaders that say how many batches they have, on every rank the same number, and "
                 f"they have {', '.join('an unknown number' if n is None else str(n) for n in lengths)}"
             )
-        return loader if self.rank == 0 else range(lengths[0])
+        self._length = lengths[0]
+        return loader if self.rank == 0 else range(self._length)
+
+    def counted(self, batches: Iterable[Any], done: int) -> Iterator[Any]:
+        for batch in batches:
+            if done == self._length:
+                raise self._miscounted("more")
+            yield batch
+            done += 1
+        if done < self._length:
+            raise self._miscounted(str(done))
+
+    def _miscounted(self, given: str) -> ValueError:
+        return ValueError(
+            f"the loader says that it has {self._length} batches, and gave {given}: the other ranks of a pipeline take "
+            "as many as it says"
+        )
 
     def batch(self, batch: Any) -> Any:
         """Rank 0's becomes everyone's."""
