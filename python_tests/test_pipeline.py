@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from manpp_kernels.checkpoint import CheckpointError
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer, TrainerConfig
+from manpp_kernels.training.pipeline import Pipeline
 
 LINEAR = {"host_options": {"width": "linear"}}
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -61,19 +62,25 @@ class Centred(nn.Module):
         return self.linear(x - self.mean)
 
 
+def _of_small_numbers(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits, targets.long())
+
+
 def _replaced_buffers(rank: int) -> None:
     def trainer(pipeline: bool) -> LocalTrainer:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), Centred(4), Centred(4), nn.Linear(4, 2))
-        return LocalTrainer(model, TrainerConfig(rule="dgl", blocks=3, pipeline=pipeline), example=(4,))
+        config = TrainerConfig(rule="dgl", blocks=3, pipeline=pipeline)
+        return LocalTrainer(model, config, example=(4,), criterion=_of_small_numbers)
 
     ours, alone = trainer(True), trainer(False)
     for _ in range(2):
-        batch = torch.randn(6, 4), torch.arange(6) % 2
+        batch = torch.randn(6, 4), (torch.arange(6) % 2).to(torch.uint16)
         ours.step(batch if rank == 0 else None)
         alone.step(batch)
     state = ours.export_state_dict()
     assert all(torch.equal(a, state[key]) for key, a in alone.export_state_dict().items())
+    assert not ours._ranks._mail._sent, "what was taken is let go of"
 
 
 def _steps(rank: int) -> None:
@@ -117,6 +124,8 @@ def _three_steps(rank: int) -> None:
     """Parameters that EMAs follow come from the next rank and from the one after it."""
     for name in ("man++, unlocked", "man++, stages"):
         ours, alone = _trainer(TRAININGS[name]), _trainer(TRAININGS[name], False)
+        for tensors in ours._ranks._awaited.values():
+            assert len(set(map(id, tensors))) == len(tensors), "once for all EMAs that follow it"
         for _ in range(4):
             batch = torch.randn(8, 3, 8, 8), torch.randint(4, (8,))
             ours.step(batch if rank == 0 else None)
@@ -210,6 +219,12 @@ class Endless(IterableDataset):
 
 
 def _errors(rank: int) -> None:
+    trainer = _trainer({"rule": "dgl"})
+    with pytest.raises(ValueError, match="the process group hands on no tensors of meta, where this rank"):
+        Pipeline(trainer.network, torch.device("meta"), TrainerConfig(pipeline=True))
+    if rank == 0:
+        with pytest.raises(TypeError, match=r"no tensors of the dtype torch.float32 with 9 dimensions; give"):
+            trainer._ranks.hand_on(torch.zeros([1] * 9))
     with pytest.raises(ValueError, match="the 4 local blocks are to be shared out over 2 ranks as 1, 2: each rank"):
         _trainer({"rule": "dgl", "pipeline": (1, 2)})
     with pytest.raises(ValueError, match="the 1 local blocks are to be shared out over 2 ranks as 0, 1"):
@@ -220,7 +235,6 @@ def _errors(rank: int) -> None:
         _trainer({"rule": "dgl", "blocks": 4 - rank})
     with pytest.raises(ValueError, match="accumulate has to be the same on every rank, and is 1, 2"):
         _trainer({"rule": "dgl", "accumulate": 1 + rank})
-    trainer = _trainer({"rule": "dgl"})
     with pytest.raises(ValueError, match="epochs has to be the same on every rank, and is 1, 2"):
         trainer.fit(_loader(), 1 + rank)
     norm = nn.BatchNorm1d(4, affine=False)

@@ -49,9 +49,19 @@ class Pipeline(Group):
         # As text, which can be sent and compared whatever it is; a rule's options have none where they hold functions.
         fields = (f.name for f in dataclasses.fields(config) if f.name not in ("rule_options", "measure_memory"))
         self.agree(**{name: repr(getattr(config, name)) for name in fields})
-        # Parameters on their way back are not to wait behind features on their way on.
-        self._back = dist.new_group()
-        self._mail = _Mail(dist.new_group(backend="gloo"))
+        backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+        if device.type != "cpu" and backends.get(device.type, "gloo") == "gloo":  # which sends the CPU's alone
+            raise ValueError(
+                f"the process group hands on no tensors of {device.type}, where this rank trains; give "
+                "init_process_group() a backend that does, such as 'cpu:gloo,cuda:nccl', or train on the CPU"
+            )
+        # Groups of its own, where nothing comes in between that another trainer was sent and has not taken.
+        host: Any = dist.new_group(backend="gloo")
+        self._host = self._on = self._back = host
+        if device.type != "cpu":
+            # Two, as parameters on their way back are not to wait behind features on their way on.
+            self._on, self._back = dist.new_group(), dist.new_group()
+        self._mail = _Mail(self._host)
         self._counts = _counts(config.pipeline, len(network), self.count)
         owner = [rank for rank, count in enumerate(self._counts) for _ in range(count)]
         self._range = range(owner.index(self.rank), owner.index(self.rank) + self._counts[self.rank])
@@ -70,7 +80,8 @@ class Pipeline(Group):
         # Of each rank that this one's EMAs look at, all parameters: one message a step.
         self._awaited: dict[int, list[Tensor]] = defaultdict(list)
         asked: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
-        for rank, _, block, source in followed:
+        # A parameter goes once, whatever the number of blocks whose EMAs follow it.
+        for rank, block, source in dict.fromkeys((rank, block, source) for rank, _, block, source in followed):
             if rank == self.rank:
                 self._awaited[owner[block]].append(source)
             elif owner[block] == self.rank:
@@ -121,7 +132,7 @@ class Pipeline(Group):
 
     def hand_on(self, *tensors: Tensor) -> None:
         for t in tensors if self.rank + 1 < self.count else ():
-            self._mail.send(t, self.rank + 1)
+            self._mail.send(t, self.rank + 1, self._on)
 
     def take(self, block: int, x: Any) -> Any:
         if block != self._range.start or self.rank == 0:
@@ -134,7 +145,7 @@ class Pipeline(Group):
             self.hand_on(*(x if isinstance(x, tuple) else (x,)))
 
     def _receive(self) -> Tensor:
-        return self._mail.receive(self.rank - 1, self._device)
+        return self._mail.receive(self.rank - 1, self._device, self._on)
 
     def moved(self, block: int) -> None:
         for rank, tensors in self._due[block]:
@@ -162,6 +173,7 @@ class Pipeline(Group):
         for rank, blocks in enumerate(self._blocks):
             # Looked up anew, as a forward pass may put another tensor in a buffer's place; what blocks share, once.
             broadcast(list(dict.fromkeys(itertools.chain.from_iterable(map(_tensors, blocks)))), rank)
+        self._mail.wait(ahead=0)
         self._apart = False
 
     def end_epoch(self) -> None:
@@ -192,31 +204,41 @@ class _Mail:
     """
 
     _DTYPES = (
-        *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+        *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+        torch.bool,
     )
     _DIMENSIONS = 8  # at most
 
     def __init__(self, host: _Group) -> None:
         self._host = host
-        self._sent: deque[list[Any]] = deque([[]])
+        self._sent: deque[list[Any]] = deque()
 
     def begin_step(self) -> None:
         """Wait for what was sent :data:`_STEPS_AHEAD` steps ago."""
-        while len(self._sent) >= _STEPS_AHEAD:
-            for work, _ in self._sent.popleft():
-                work.wait()
+        self.wait(ahead=_STEPS_AHEAD - 1)
         self._sent.append([])
 
-    def send(self, t: Tensor, to: int, group: _Group = None) -> None:
+    def wait(self, ahead: int) -> None:
+        """Until all is taken but what was sent in the last steps, as many as are ``ahead``; it is let go of."""
+        while len(self._sent) > ahead:
+            for work, _ in self._sent.popleft():
+                work.wait()
+
+    def send(self, t: Tensor, to: int, group: _Group) -> None:
         # A copy, as what it is of may change while it is on its way; dense, whatever that is.
         t = t.detach().clone()
+        if t.dtype not in self._DTYPES or t.dim() > self._DIMENSIONS:
+            raise TypeError(
+                f"a pipeline hands on no tensors of the dtype {t.dtype} with {t.dim()} dimensions; give images and "
+                f"targets of a common dtype with at most {self._DIMENSIONS}"
+            )
         pad = [0] * (self._DIMENSIONS - t.dim())
         header = torch.tensor([self._DTYPES.index(t.dtype), t.dim(), *t.shape, *pad, *t.stride(), *pad])
         for part, among in ((header, self._host), (_flat(t), group)):
             self._sent[-1].append((dist.isend(part, to, group=among), part))
 
-    def receive(self, source: int, device: torch.device, group: _Group = None) -> Tensor:
+    def receive(self, source: int, device: torch.device, group: _Group) -> Tensor:
         header = torch.empty(2 + 2 * self._DIMENSIONS, dtype=torch.int64)
         dist.recv(header, source, group=self._host)
         dtype, dim, *rest = header.tolist()
@@ -227,8 +249,8 @@ class _Mail:
 
 
 def _flat(t: Tensor) -> Tensor:
-    """The memory of a dense tensor, as it lies."""
-    return t.as_strided((t.numel(),), (1,))
+    """The memory of a dense tensor, as it lies: bytes, as no backend sends every dtype."""
+    return t.as_strided((t.numel(),), (1,)).view(torch.uint8)
 
 
 def _counts(counts: Sequence[int] | bool, blocks: int, ranks: int) -> tuple[int, ...]:
