@@ -92,6 +92,10 @@ class Alone:
         """The values of all ranks, in their order, on every rank."""
         return [value]
 
+    def to_first(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on rank 0; what is elsewhere is nobody's."""
+        return self.gather(value)
+
     def agree(self, **values: object) -> None:
         """Raise ValueError, on every rank, where a value is not the same on all: they would wait for each other."""
 

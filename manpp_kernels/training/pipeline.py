@@ -188,8 +188,11 @@ class Pipeline(Group):
             **{name: every[-1][name] if name in summed else max(e[name] for e in every) for name in numbers}
         )
 
-    def gather(self, value: Any) -> list[Any]:
-        return super().gather(_on_cpu(value))
+    def to_first(self, value: Any) -> list[Any]:
+        """By way of the host, as it may be the state of all optimizers, which fits no other rank."""
+        values: list[Any] = [None] * self.count
+        dist.gather_object(_on_cpu(value), values if self.rank == 0 else None, group=self._host)
+        return values
 
 
 # As torch.distributed types what new_group gives, to those who are no members too.

@@ -93,7 +93,7 @@ class Checkpoints:
         if not own.schedulers:  # a rate that was set since goes on; one that a scheduler moves is no setting
             self._settings["loaded"] |= optimizer_settings(own.optimizers)
         state.update(kind=self._kind, classes=classes(own.optimizers, own.schedulers), settings=self._settings)
-        state.update({part: self._ranks.gather(state[part]) for part in self._ranks.parts})
+        state.update({part: self._ranks.to_first(state[part]) for part in self._ranks.parts})
         self._ranks.first(lambda: checkpoint.write(path, state))
         self._own.add(Path(path).resolve())
 
