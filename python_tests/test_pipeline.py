@@ -237,6 +237,9 @@ def _errors(rank: int) -> None:
         _trainer({"rule": "dgl", "accumulate": 1 + rank})
     with pytest.raises(ValueError, match="epochs has to be the same on every rank, and is 1, 2"):
         trainer.fit(_loader(), 1 + rank)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4)), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="SyncBatchNorm waits for all ranks, and in a pipeline one alone runs it"):
+        LocalTrainer(model, TrainerConfig(rule="dgl", blocks=2, pipeline=True), example=(4,))
     norm = nn.BatchNorm1d(4, affine=False)
     model = nn.Sequential(
         nn.Sequential(nn.Linear(4, 4), norm), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), norm), nn.Linear(4, 2)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from manpp_kernels.local.network import LocalBlock, LocalNetwork
 from manpp_kernels.training.config import TrainerConfig
@@ -38,8 +38,8 @@ class Pipeline(Group):
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: the numbers do not fit the ranks and the blocks, or the config is another on another rank; or two
-            ranks would train the same tensor.
+        ValueError: the numbers do not fit the ranks and the blocks; the config is another on another rank; two ranks
+            would train the same tensor; the process group, or a layer, is not for pipelines.
     """
 
     parts = (*Group.parts, "optimizers", "schedulers", "classes")
@@ -54,6 +54,11 @@ class Pipeline(Group):
             raise ValueError(
                 f"the process group hands on no tensors of {device.type}, where this rank trains; give "
                 "init_process_group() a backend that does, such as 'cpu:gloo,cuda:nccl', or train on the CPU"
+            )
+        if any(isinstance(m, nn.SyncBatchNorm) for m in network.modules()):
+            raise ValueError(
+                "SyncBatchNorm waits for all ranks, and in a pipeline one alone runs it, on whole batches; take the "
+                "ordinary batch normalisation"
             )
         # Groups of its own, where nothing comes in between that another trainer was sent and has not taken.
         host: Any = dist.new_group(backend="gloo")
