@@ -59,7 +59,7 @@ class LocalTrainer:
         example: a batch of images, or the shape of an image (C, H, W), to measure features with.
         num_classes: checked against the model's output; None takes it from there.
         optimizer: from a list of parameters to an optimizer; called once, in the unlocked order once a block. None is
-            SGD by the config.
+            SGD by the config. A pipeline's rank has one for its own blocks.
         scheduler: from an optimizer to a learning-rate scheduler of torch.optim; None keeps the rate.
             ``ReduceLROnPlateau`` follows the validation loss, or the training loss where nothing is validated.
         criterion: loss of logits and targets, a mean over the batch; None is cross-entropy. A module is used as it is,

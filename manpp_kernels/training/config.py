@@ -70,9 +70,10 @@ class TrainerConfig:
             elsewhere ``step`` may be given None, and a loader's length alone counts. All methods are called on every
             rank, with the same folder for checkpoints. A rank has all parameters, but activations, gradients and
             optimizer states of its own blocks alone; others' blocks are brought up to date at the end of an epoch, by
-            ``save``, ``evaluate`` and ``export_state_dict``. Random numbers (dropout) are each rank's own, and so is
-            what a criterion keeps. Not for rules whose blocks overlap, ``amp="fp16"``, ``cuda_graphs`` or
-            ``data_parallel``. Ctrl-C ends it at once, without a checkpoint.
+            ``save``, ``evaluate`` and ``export_state_dict``. Random numbers (dropout, the rounding of EMAs in half
+            precision) are each rank's own, and so are its optimizer and what a criterion keeps. Not for rules whose
+            blocks overlap, ``amp="fp16"``, ``cuda_graphs`` or ``data_parallel``. Ctrl-C ends it at once, without a
+            checkpoint.
         measure_memory: report the peak memory of each epoch; the history has none otherwise.
     """
 
