@@ -23,10 +23,9 @@ from manpp_kernels import checkpoint
 from manpp_kernels.local.network import LocalNetwork
 from manpp_kernels.local.options import check_count
 from manpp_kernels.local.partition import partition
-from manpp_kernels.local.parts import logits_of, take_apart
+from manpp_kernels.local.parts import take_apart
 from manpp_kernels.local.recompute import make_capturable
 from manpp_kernels.local.rules import make_rule
-from manpp_kernels.local.segments import evaluating
 from manpp_kernels.local.targets import Criterion, Targets
 from manpp_kernels.training.compiled import check_backend, compile_blocks
 from manpp_kernels.training.config import OptimizerFactory, SchedulerFactory, TrainerConfig, make_schedulers
@@ -38,6 +37,7 @@ from manpp_kernels.training.epoch import (
     history_row,
     step_schedulers,
 )
+from manpp_kernels.training.evaluation import evaluate
 from manpp_kernels.training.graphs import StepGraph, check_device, make_step_graph
 from manpp_kernels.training.group import Alone
 from manpp_kernels.training.pipeline import Pipeline
@@ -45,7 +45,7 @@ from manpp_kernels.training.progress import Progress, length_of
 from manpp_kernels.training.replicas import Replicas
 from manpp_kernels.training.resume import CHECKPOINT_NAME, Checkpoints, TrainingState
 from manpp_kernels.training.resume_settings import optimizer_settings, settings_of
-from manpp_kernels.training.step import Batch, StepResult, TrainingStep, autocast, check_batch, check_loss, check_pair
+from manpp_kernels.training.step import Batch, StepResult, TrainingStep, autocast, check_batch
 
 __all__ = ["CHECKPOINT_NAME", "LocalTrainer", "StepResult", "TrainerConfig"]
 
@@ -383,23 +383,9 @@ class LocalTrainer:
         totals = self._evaluate(loader)
         return {"accuracy": totals.accuracy(), "loss": totals.mean_loss(), "images": totals.images}
 
-    @torch.no_grad()
     def _evaluate(self, loader: Iterable[Batch]) -> EpochTotals:
-        totals = EpochTotals()
-        with evaluating(self.model):
-            for batch in loader:
-                if len(check_pair(batch)[0]) == 0:  # whose mean loss is no number
-                    continue
-                self._targets.check(batch[1], self.network.num_classes, first=totals.images == 0)
-                images, targets = self._on_device(batch)
-                with autocast(self.config, self.device):
-                    logits = logits_of(self.model(images))
-                    loss = self._targets.criterion(logits, targets)
-                    check_loss(loss)
-                totals.add(loss, logits, targets, self._targets.answers)
-        if totals.images == 0:
-            raise ValueError("the loader gave no batch to evaluate")
-        return totals
+        precision = functools.partial(autocast, self.config, self.device)
+        return evaluate(self.model, loader, self._targets, self.network.num_classes, self._on_device, precision)
 
     # Checkpoints, and what comes out
 
