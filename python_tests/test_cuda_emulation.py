@@ -79,11 +79,12 @@ def passed(process: subprocess.Popen[str]) -> None:
 
 
 def test_kernels(environment: dict[str, str]) -> None:
-    # Side by side. Left out: what tests the formulas of autograd and the checks of arguments, no kernel.
+    # Side by side. Left out: what tests the formulas of autograd and the checks of arguments, no kernel; and results
+    # larger than the caches, which only the CPU's kernels write otherwise. Here they are more blocks of the same.
     kernels = start(environment, str(HERE / "cuda_emulation" / "kernels.py"))
     names = ("ema_scale_update", "ema_scale_update_gradients", "detach_copy", "stochastic_rounding", "plan")
     files = [str(HERE / f"test_{n}.py") for n in (*names, "scale_bias_mix")]
-    operators = start(environment, *files, "-k", "not gradcheck and not misuse")
+    operators = start(environment, *files, "-k", "not gradcheck and not misuse and not the_caches")
     passed(kernels)
     passed(operators)
 
