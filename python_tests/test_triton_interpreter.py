@@ -16,17 +16,18 @@ import torch
 
 pytest.importorskip("triton")
 
-FILES = sorted((Path(__file__).parent / "triton_kernels").glob("*.py"))
+HERE = Path(__file__).parent
+FILES = sorted((HERE / "triton_kernels").glob("*.py"))
 
 
-def run(file: Path, **environment: str) -> None:
-    """Run pytest on one file in a fresh process; on failure, fail with what it printed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
+def run(*files: Path, **environment: str) -> None:
+    """Run pytest on the files in a fresh process; on failure, fail with what it printed."""
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", *map(str, files)]
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "MANPP_", "PYTEST_"))}
     done = subprocess.run(
         command,
         env={**inherited, "OMP_NUM_THREADS": "1", **environment},
-        cwd=file.parents[2],
+        cwd=HERE.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -36,9 +37,9 @@ def run(file: Path, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreted(file: Path) -> None:
-    run(file, TRITON_INTERPRET="1")
+def test_interpreted() -> None:
+    """All in one process: in one each, imports and the first use of PyTorch would take as long as the tests."""
+    run(*FILES, TRITON_INTERPRET="1")
 
 
 @pytest.mark.cuda
