@@ -47,6 +47,13 @@ class Sized(nn.Sequential):
         super().__init__(nn.Linear(features, features + 1), nn.BatchNorm1d(features + 1), nn.ReLU())
 
 
+def linear_trainer(layers: int, **settings: Any) -> LocalTrainer:
+    """Of layers whose number of features tells them apart, and which compile fast."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8 + i, 9 + i) for i in range(layers)), nn.Linear(8 + layers, 4))
+    return LocalTrainer(model, TrainerConfig(rule="dgl", rule_options={"width": "linear"}, **settings), example=(8,))
+
+
 class Recorder:
     """A backend of torch.compile that notes the sizes that each graph was made for, and runs it as it is."""
 
@@ -161,9 +168,7 @@ def test_every_block_is_compiled_and_for_its_own_sizes() -> None:
     """More blocks than PyTorch compiles versions of one function, which is 8; and none for the sizes of another."""
     recorder = Recorder()
     torch._dynamo.register_backend(recorder, name="manpp_recorder")
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Sized(8 + i) for i in range(12)), nn.Linear(20, 4))
-    trainer = LocalTrainer(model, TrainerConfig(rule="dgl", compile="manpp_recorder"), example=(8,))
+    trainer = linear_trainer(10, compile="manpp_recorder")
     blocks = len(trainer.network)
     trainer.step((torch.rand(8, 8), torch.arange(8) % 4))
     assert len(recorder.sizes) == 2 * blocks - 1
@@ -179,8 +184,8 @@ def test_networks_know_nothing_of_each_others_sizes() -> None:
     recorder = Recorder()
     torch._dynamo.register_backend(recorder, name="manpp_sizes")
     for n, blocks in ((8, 3), (6, 4), (4, 3)):
-        trainer = small_trainer(rule="dgl", blocks=blocks, compile="manpp_sizes")
-        trainer.step(images(n))
+        trainer = linear_trainer(4, blocks=blocks, compile="manpp_sizes")
+        trainer.step((torch.rand(n, 8), torch.arange(n) % 4))
         assert len(recorder.sizes) == 2 * blocks - 1
         assert all(isinstance(n, int) for sizes in recorder.sizes for size in sizes for n in size)
         recorder.sizes.clear()
@@ -203,7 +208,7 @@ def test_a_copy_works_on_its_own(copied: Any) -> None:
 
 def test_hooks_of_the_users_stay() -> None:
     seen = []
-    trainer = small_trainer(rule="dgl", compile="aot_eager")
+    trainer = small_trainer(rule="dgl", blocks=2, compile="eager")
     for block in trainer.network:
         block.body.register_forward_hook(lambda *_: seen.append(1))
     trainer.step(images(8))
