@@ -86,6 +86,14 @@ def assert_equal(a: LocalTrainer, b: LocalTrainer) -> None:
     assert rows[0] == rows[1]
 
 
+@functools.cache
+def uninterrupted(kind: str, rule: str, order: str, form: str) -> LocalTrainer:
+    trainer = make_trainer(rule, order, form)
+    seed_everything()
+    trainer.fit(make_loader(kind), 3, val_loader=make_loader("global"))
+    return trainer
+
+
 @pytest.mark.parametrize("kind", ["global", "own"])
 @pytest.mark.parametrize(
     ("rule", "order", "form"),
@@ -99,10 +107,6 @@ def assert_equal(a: LocalTrainer, b: LocalTrainer) -> None:
 @pytest.mark.filterwarnings("ignore:Detected call of")  # an epoch that is resumed after its last step only ends
 @pytest.mark.parametrize("stop", [2, 5, 7])  # in the first epoch, at its end, in the second
 def test_resuming_is_exact(tmp_path: Path, kind: str, rule: str, order: str, form: str, stop: int) -> None:
-    whole = make_trainer(rule, order, form)
-    seed_everything()
-    whole.fit(make_loader(kind), 3, val_loader=make_loader("global"))
-
     first = make_trainer(rule, order, form)
     seed_everything()
     steps = 0
@@ -125,7 +129,7 @@ def test_resuming_is_exact(tmp_path: Path, kind: str, rule: str, order: str, for
     second.fit(make_loader(kind), 3, val_loader=make_loader("global"), checkpoint_dir=tmp_path, resume=True)
     assert not second.interrupted
     assert second.epoch == 3
-    assert_equal(whole, second)
+    assert_equal(uninterrupted(kind, rule, order, form), second)
 
 
 @pytest.mark.parametrize("stop", [2, 5, 7, 10])  # in the first epoch, at its end, in the second, at its end
