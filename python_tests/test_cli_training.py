@@ -68,6 +68,7 @@ class TestTraining:
         assert {"train_loss", "val_acc", "lr", "block_loss/00", "block_loss/03"} <= set(tags)
         assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4]
 
+    @pytest.mark.usefixtures("undrawn")
     def test_a_run_repeats_from_its_config(self, finished: Path, tmp_path: Path) -> None:
         again = tmp_path / "again"
         assert main(["train", "--config", str(finished / "config.yaml"), "--out", str(again)]) == 0
@@ -88,6 +89,7 @@ class TestTraining:
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
+    @pytest.mark.usefixtures("undrawn")
     def test_resume_in_the_middle_of_an_epoch(self, finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
         from manpp_kernels.cli.display import Display
 
@@ -151,6 +153,7 @@ class TestTraining:
         (tmp_path / "checkpoint.pt").touch()
         assert "holds no run" in refused(capsys, "train", "--resume", str(tmp_path))
 
+    @pytest.mark.usefixtures("undrawn")
     def test_runs_of_the_same_moment_have_folders_of_their_own(self, tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(manpp_kernels.cli.train, "datetime", OneMoment)
@@ -169,6 +172,7 @@ class TestTraining:
         names = [place().name for place in places if not isinstance(place, Path)]
         assert names == ["digits-timm-test_vit-e2e-20260101-120000", "digits-timm-test_vit-e2e-20260101-120000-2"]
 
+    @pytest.mark.usefixtures("undrawn")
     def test_a_run_that_died_before_its_first_checkpoint(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
     ) -> None:
@@ -242,6 +246,7 @@ class TestTraining:
         with pytest.raises(InterruptedError):
             main(["train", *TINY, "--rule", "infopro", "--no-tensorboard", "--out", str(tmp_path / "run")])
 
+    @pytest.mark.usefixtures("undrawn")
     def test_a_vision_transformer_is_made_for_the_size_of_the_images(self, tmp_path: Path) -> None:
         pytest.importorskip("timm")
         words = "--model timm/vit_tiny_patch16_224 --image-size 32 --rule e2e --limit 4 --batch-size 4 --epochs 1"
@@ -256,6 +261,7 @@ class TestTraining:
         assert "man++" in table
         assert "holds a run already" in refused(capsys, "demo", *words)
 
+    @pytest.mark.usefixtures("undrawn")
     def test_demos_of_the_same_moment_have_folders_of_their_own(self, tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(manpp_kernels.cli.train, "datetime", OneMoment)

@@ -159,6 +159,7 @@ class TestCommand:
         monkeypatch.setattr(LocalTrainer, "step", step)
         assert main(["compare", "--config", str(path), "--out", str(out)]) == 0
 
+    @pytest.mark.usefixtures("undrawn")
     def test_steps_timed_in_turns_take_the_place_of_what_runs_took(
         self, done: tuple[Path, Path], tmp_path: Path
     ) -> None:
@@ -180,6 +181,7 @@ class TestCommand:
             assert main(["compare", "--config", str(path), "--out", str(out), *words]) == 0
             assert list(json.loads((out / "step_times.json").read_text())["variants"]) == kept
 
+    @pytest.mark.usefixtures("undrawn")
     def test_steps_timed_otherwise_are_left_out_of_the_table(self, done: tuple[Path, Path], tmp_path: Path) -> None:
         path, out = done[0], tmp_path / "copy"
         words = ["compare", "--config", str(path), "--out", str(out)]
@@ -205,12 +207,14 @@ class TestCommand:
         assert "Step time: the median over epochs and seeds (left out: " in text
         assert "man++/dgl, timed with threads 99, and its runs had" in text
 
+    @pytest.mark.usefixtures("undrawn")
     def test_a_file_of_many_epochs_is_tried_with_one(self, tmp_path: Path) -> None:
         path = config(tmp_path, common={**COMMON, "schedule": "step"}, variants={"e2e": {"rule": "e2e"}}, seeds=[0])
         assert main(["compare", "--config", str(path), "--out", str(tmp_path / "out"), "--epochs", "1"]) == 0
         with (tmp_path / "out" / "e2e" / "seed-0" / "history.csv").open() as file:
             assert [float(row["lr"]) for row in csv.DictReader(file)] == [0.025]
 
+    @pytest.mark.usefixtures("undrawn")
     def test_threads_of_a_variant_are_its_own(self, tmp_path: Path) -> None:
         before, out = torch.get_num_threads(), tmp_path / "out"
         variants = {"more": {"rule": "e2e", "threads": before + 1}, "usual": {"rule": "e2e"}}
@@ -224,6 +228,7 @@ class TestCommand:
             assert summary["environment"]["threads"] == times[name]["machine"]["threads"] == threads
         assert torch.get_num_threads() == before
 
+    @pytest.mark.usefixtures("undrawn")
     def test_folders_of_before_say_where_they_are(self, done: tuple[Path, Path], tmp_path: Path) -> None:
         """Settings once named their folder; a comparison with such runs in it is still the same one."""
         path, out = done[0], tmp_path / "copy"
