@@ -23,6 +23,8 @@ from manpp_kernels.checkpoint import CheckpointError
 from manpp_kernels.models import CifarResNet
 from manpp_kernels.trainer import CHECKPOINT_NAME, LocalTrainer, TrainerConfig
 
+NARROW = {"host_options": {"width": "narrow"}}  # heads of which a checkpoint is written fast
+
 
 class Noisy(nn.Module):
     """A layer that draws from the global generator in every step."""
@@ -51,7 +53,7 @@ def make_trainer(
     torch.manual_seed(seed)
     model = CifarResNet((1, 1, 1), num_classes=4, widths=(4, 6, 8))
     model.layer2.add_module("noise", Noisy())
-    options = {"form": form} if rule == "man++" else None
+    options = {"form": form, **NARROW} if rule == "man++" else None
     return LocalTrainer(
         model,
         TrainerConfig(
@@ -208,24 +210,32 @@ def test_checkpoints_every_few_steps(tmp_path: Path) -> None:
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     """A process that does nothing but write checkpoints is killed at four different moments."""
     path = tmp_path / "c.pt"
+    # Forked for each, as the import takes longest.
     script = textwrap.dedent("""
-        import sys, torch
+        import os, sys, torch
         from manpp_kernels import checkpoint
-        for i in range(100000):
-            checkpoint.write(sys.argv[1], {"i": i, "data": torch.full((200_000,), float(i))})
-            if i == 0:
-                print("ready", flush=True)
+        for _ in sys.stdin:
+            child = os.fork()
+            if child == 0:
+                for i in range(100000):
+                    checkpoint.write(sys.argv[1], {"i": i, "data": torch.full((200_000,), float(i))})
+                    if i == 0:
+                        print(os.getpid(), flush=True)
+            os.waitpid(child, 0)
+            print("ended", flush=True)
     """)
-    for moment in range(4):
-        process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.013 * (moment + 1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        state = checkpoint.read(path)
-        assert bool((state["data"] == state["i"]).all())
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        for moment in range(4):
+            parent.stdin.write("\n")
+            child = int(parent.stdout.readline())
+            time.sleep(0.013 * (moment + 1))
+            os.kill(child, signal.SIGKILL)
+            assert parent.stdout.readline() == "ended\n"
+            state = checkpoint.read(path)
+            assert bool((state["data"] == state["i"]).all())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
@@ -327,7 +337,7 @@ def test_checkpoints_of_another_training(tmp_path: Path) -> None:
     def other(
         model: nn.Module, blocks=("stem", "layer1.0"), optimizer=torch.optim.Adam, scheduler=None, **config
     ) -> LocalTrainer:
-        config = TrainerConfig(blocks=blocks, **config)
+        config = TrainerConfig(blocks=blocks, rule_options={"form": "activation", **NARROW}, **config)
         return LocalTrainer(model, config, example=(3, 8, 8), optimizer=optimizer, scheduler=scheduler)
 
     def network(*widths: int) -> nn.Module:
@@ -336,7 +346,7 @@ def test_checkpoints_of_another_training(tmp_path: Path) -> None:
         return model
 
     refused(other(network(), ("stem",)), path, "its blocks is")
-    refused(other(network(), rule_options={"form": "activation"}, amp="bf16"), path, "its amp is None, here it is")
+    refused(other(network(), amp="bf16"), path, "its amp is None, here it is")
     refused(other(network(4, 6, 9)), path, "another network: 'layer3.0.conv1.weight' of its part 'model' has the shape")
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3)
