@@ -23,7 +23,7 @@ mkdir -p "$OUT"
 for name in ema_scale_update scale_bias_mix detach_copy; do
   "$PYTHON" -m manpp_kernels.cli bench "$name" --json "$OUT/$name.json" "${QUICK[@]}"
 done
-for name in host_cost training processes fashion_mnist; do
+for name in host_cost training processes dense fashion_mnist; do
   "$PYTHON" "bench/$name.py" --json "$OUT/$name.json"
 done
 "$PYTHON" bench/report.py --summary "$OUT"

@@ -4,7 +4,7 @@
 #   bench/gpu.sh [--device cpu] [--quick] [PART...]
 #
 # Parts: build doctor tests sanitizer large micro host variants training fashion (all of them by default, in this order).
-# micro is micro-ema, micro-mix and micro-copy.
+# micro is micro-ema, micro-mix and micro-copy. dense (segmentation and detection) comes when it is asked for.
 # Nothing is downloaded. Wanted: Python with torch, triton, pybind11, pytest, pytest-benchmark, hypothesis, expecttest, timm,
 # matplotlib; nvcc, cmake, ninja.
 # Results go to $OUT (./out by default): a JSON file for each benchmark, and the logs of all parts in logs.tar.gz.
@@ -93,6 +93,7 @@ variants() { "$PYTHON" bench/ema_variants.py --json "$OUT/ema_variants.json"; }
 # Traced anew in every process, compiled variants take a minute or two to make ready though their code is in Inductor's
 # cache: what does not come up in time is left out, so that the others are timed within the part's limit.
 training() { "$PYTHON" bench/training.py --prepare 70 --json "$OUT/training.json"; }
+dense() { "$PYTHON" bench/dense.py --json "$OUT/dense.json"; }
 fashion() { "$PYTHON" bench/fashion_mnist.py --json "$OUT/fashion_mnist.json" ${MANPP_DATA:+--data-root "$MANPP_DATA"}; }
 
 if [ ${#RUN[@]} -gt 0 ]; then
@@ -154,6 +155,7 @@ wants host && part 40 host host
 wants variants && [ "$DEVICE" = cuda ] && part 60 variants variants
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 wants training && part 140 training training
+wants dense && part 90 dense dense
 wants fashion && part 180 fashion fashion
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 

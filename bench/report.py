@@ -187,6 +187,25 @@ def processes_section(results: dict[str, Any], gpu: bool) -> str:
     return f"{said}; medians of {first['rounds']} turns of {first['steps']} steps.\n\n{table(head, lines)}"
 
 
+def dense_section(results: dict[str, Any], gpu: bool) -> str:
+    kind = "allocated_bytes" if gpu else "saved_bytes"
+    lines = [
+        [
+            f"{r['task']}, {r['variant']}",
+            f"{1e3 * r['seconds']:,.0f}",
+            f"{1e3 * r['min_seconds']:,.0f} to {1e3 * r['max_seconds']:,.0f}",
+            f"{r['of_e2e']:.2f}",
+            mib(r[kind]),
+            f"{r['memory_share']:.1%}",
+        ]
+        for r in results["rows"]
+    ]
+    memory = "memory of a step" if gpu else "saved activations"
+    first = results["rows"][0]
+    said = f"Batches of {first['batch']} images of {first['side']} x {first['side']}; four blocks but for end to end."
+    return f"{said}\n\n{table(['training', 'ms a step', 'range', 'of e2e', f'{memory}, MiB', 'of e2e'], lines)}"
+
+
 def fashion_section(results: dict[str, Any], gpu: bool) -> str:
     lines = [
         [
@@ -222,6 +241,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any], bool], str]]] = {
     "host_cost": ("Host cost", host_section),
     "training": ("Training steps", training_section),
     "processes": ("Training steps in several processes", processes_section),
+    "dense": ("Training steps of segmentation and detection", dense_section),
     "fashion_mnist": ("Fashion-MNIST", fashion_section),
 }
 

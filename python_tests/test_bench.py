@@ -147,6 +147,18 @@ def test_training_in_several_processes(tmp_path):
     assert rows["dgl, narrow head, 4 blocks", "pipeline"]["saved_bytes"] < 0.5 * e2e
 
 
+def test_segmentation_and_detection(bench, tmp_path, monkeypatch, capsys):
+    dense, path = bench("dense"), tmp_path / "dense.json"
+    names = ("e2e", "dgl, narrow head, checkpointed")
+    monkeypatch.setattr(dense, "VARIANTS", {name: dense.VARIANTS[name] for name in names})
+    assert dense.main(["--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [r["variant"] for r in rows] == [*names, *names]
+    assert [r["memory_share"] < 0.5 for r in rows] == [False, True, False, True]
+    out = capsys.readouterr().out
+    assert out.count("segmentation, FCN") == out.count("detection, RetinaNet") == 2
+
+
 def test_plain_man_pp_takes_the_step_of_the_trainer(bench):
     """What our speed is compared with has to compute the same."""
     plain_man_pp = bench("eager_man_pp").EagerManPlusPlus
