@@ -104,9 +104,9 @@ def run(args: argparse.Namespace) -> int:
         deadline = None if args.time_limit is None else monotonic() + 60 * args.time_limit
         try:
             outcome = _train_all(runs, folder, display, deadline, table)
-        finally:
-            # Whatever happened, the table is that of the runs that are there.
-            table()
+        except BaseException:
+            table()  # of the runs that are there, whatever happened
+            raise
     results = collect(comparison, folder)
     write(results, folder)
     display.console.print(markdown(results), highlight=False, soft_wrap=True, markup=False)
