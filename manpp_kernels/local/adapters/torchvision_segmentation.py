@@ -16,7 +16,8 @@ def _(model: FCN | DeepLabV3) -> Parts:
     if model.aux_classifier is not None:
         raise TypeError(
             f"{type(model).__name__} has a classifier of its own between its blocks (aux_classifier), where local "
-            "learning puts others; make it with aux_loss=False"
+            "learning puts others; make it with aux_loss=False, or set its aux_classifier to None, where pretrained "
+            "weights bring one"
         )
     stem, units = backbone_units(model.backbone)
     # The model itself resizes to the images, whose size the head does not see.
