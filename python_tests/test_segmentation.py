@@ -184,6 +184,26 @@ def test_targets_and_batches() -> None:
     trainer.step((images[:1], targets[:1]))  # one image has pixels enough for batch statistics
 
 
+@pytest.mark.parametrize("classes", [1, CLASSES])
+def test_a_criterion_that_compares_otherwise(classes: int) -> None:
+    """Targets of twice the resolution, or of one logit: nothing is right or wrong."""
+
+    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+        if classes == 1:
+            return F.binary_cross_entropy_with_logits(logits[:, 0], (targets > 2).float())
+        return F.cross_entropy(F.interpolate(logits, targets.shape[1:]), targets)
+
+    trainer = LocalTrainer(
+        convolutions(classes=classes), TrainerConfig(rule="dgl"), example=(3, 8, 8), criterion=criterion
+    )
+    images, targets = batch()
+    if classes > 1:
+        targets = targets.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    row = trainer.fit([(images, targets)], 1, val_loader=[(images, targets)])[-1]
+    assert (row["train_acc"], row["val_acc"]) == (None, None)
+    assert row["val_loss"] > 0
+
+
 def test_widths() -> None:
     features = torch.Size((2, 16, 8, 8))
 

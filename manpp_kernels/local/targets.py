@@ -136,9 +136,10 @@ def answers(
 
     Targets are class numbers (N,), or of pixels (N, H, W), of which those equal to ``ignored`` do not count, or (where
     floating-point targets are ``probabilities``) of classes (N, C): every row none below 0, with the sum 1. Of any
-    other targets nothing is right or wrong: 0 of 0.
+    other targets nothing is right or wrong: 0 of 0. So it is of a single logit, and of pixels where there are more or
+    fewer logits than targets, which a criterion of one's own may compare.
     """
-    if logits.dim() not in (2, 4):
+    if logits.dim() not in (2, 4) or logits.shape[1] < 2:
         return 0, 0
     if targets.is_floating_point():
         if logits.dim() == 4 or not probabilities or targets.shape != logits.shape or targets.shape[1] < 2:
@@ -146,7 +147,7 @@ def answers(
         # All rows or none: among images with several labels each, those that happen to have one are no sample of them.
         count = ((targets.sum(1) - 1).abs() < 0.01).all() & (targets >= 0).all()
         return (logits.argmax(1) == targets.argmax(1)).sum() * count, len(targets) * count
-    if targets.dim() != logits.dim() - 1:
+    if targets.shape != logits[:, 0].shape:
         return 0, 0
     right = logits.argmax(1) == targets
     if ignored is None:
