@@ -136,6 +136,24 @@ def test_training_learns() -> None:
     assert row["val_loss"] > 0
 
 
+def test_targets_that_cannot_be() -> None:
+    model = detector()
+    images, targets = scenes()
+    for change, message in (
+        ({"boxes": torch.tensor([[4.0, 4.0, 4.0, 9.0]])}, r"image 0 has the box \[4\.0, 4\.0, 4\.0, 9\.0\] .* no area"),
+        ({"labels": torch.tensor([-1])}, r"image 0 has labels between -1 and -1, .* has 3 classes \(0 to 2\)"),
+        ({"labels": torch.tensor([3])}, "image 0 has labels between 3 and 3, and the detector has 3 classes"),
+        ({"boxes": torch.ones(4)}, r"boxes of the shape \(4,\) and 1 labels; give a box"),
+    ):
+        target = {"boxes": torch.tensor([[4.0, 4.0, 9.0, 9.0]]), "labels": torch.tensor([1]), **change}
+        with pytest.raises(BatchError, match=message):
+            detection_batch(model, images, [target, *targets[1:]])
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    batch = detection_batch(model, images, [nothing] * 3)
+    assert batch[1].shape == (3, 0, 5)
+    assert all(loss < 0.01 for loss in make(model, rule="dgl").step(batch).losses), "all of it is background"
+
+
 def test_errors() -> None:
     model = detector()
     trainer = make(model, rule="dgl")

@@ -236,13 +236,37 @@ def detection_batch(
 
     Returns:
         Images (N, 3, H, W) and targets (N, M, 5), see :class:`RetinaNetLoss`.
+
+    Raises:
+        BatchError: a box has no area, or a label is no class of the detector.
     """
+    for i, t in enumerate(targets):
+        _check_target(i, t, detector.head.classification_head.num_classes)
     found, resized = detector.transform(list(images), [dict(t) for t in targets])
     most = max((len(t["labels"]) for t in resized), default=0)
-    rows = found.tensors.new_full((len(resized), most, _BOX + 1), -1.0)
+    # Not in half precision with the images: bfloat16 has every second pixel from 256 on, and every fourth from 512.
+    dtype = torch.promote_types(found.tensors.dtype, torch.float32)
+    rows = torch.full((len(resized), most, _BOX + 1), -1.0, dtype=dtype, device=found.tensors.device)
     for row, t in zip(rows, resized, strict=True):
-        row[: len(t["labels"])] = torch.cat([t["boxes"], t["labels"][:, None].to(t["boxes"].dtype)], 1)
+        row[: len(t["labels"])] = torch.cat([t["boxes"].to(dtype), t["labels"][:, None].to(dtype)], 1)
     return found.tensors, rows
+
+
+def _check_target(image: int, target: Mapping[str, Tensor], classes: int) -> None:
+    boxes, labels = target["boxes"], target["labels"]
+    if boxes.shape != (len(labels), _BOX):
+        raise BatchError(
+            f"image {image} has boxes of the shape {tuple(boxes.shape)} and {len(labels)} labels; give a box "
+            "(x1, y1, x2, y2) for each label, and (0, 4) where there are none"
+        )
+    empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+    if empty.any():  # their loss would be infinite
+        raise BatchError(f"image {image} has the box {boxes[empty][0].tolist()} (x1, y1, x2, y2), which has no area")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise BatchError(
+            f"image {image} has labels between {int(labels.min())} and {int(labels.max())}, and the detector has "
+            f"{classes} classes (0 to {classes - 1})"
+        )
 
 
 def stage_ends(detector: RetinaNet) -> list[str]:
