@@ -17,7 +17,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from manpp_kernels.local import partition
+from manpp_kernels.local import detection, partition
 from manpp_kernels.local.detection import RetinaNetLoss, RetinaNetOutputs, detection_batch, stage_ends
 from manpp_kernels.local.targets import BatchError
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
@@ -152,6 +152,13 @@ def test_targets_that_cannot_be() -> None:
     batch = detection_batch(model, images, [nothing] * 3)
     assert batch[1].shape == (3, 0, 5)
     assert all(loss < 0.01 for loss in make(model, rule="dgl").step(batch).losses), "all of it is background"
+
+
+def test_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "is_capturing", lambda device: True)
+    model = detector()
+    with pytest.raises(RuntimeError, match=r"the losses of a RetinaNet .* set cuda_graphs=False"):
+        make(model, rule="dgl").step(detection_batch(model, *scenes()))
 
 
 def test_errors() -> None:

@@ -28,6 +28,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.image_list import ImageList
 
+from manpp_kernels.backends import is_capturing
 from manpp_kernels.local.parts import Parts, adapt, reduction, staged_units
 from manpp_kernels.local.targets import BatchError
 from manpp_kernels.models import cifar_resnet
@@ -210,7 +211,10 @@ class RetinaNetLoss:
 
         Raises:
             BatchError: the targets have another shape.
+            RuntimeError: a CUDA graph is being captured.
         """
+        if is_capturing(outputs.device):
+            raise RuntimeError("the losses of a RetinaNet look at where there are boxes: set cuda_graphs=False")
         if targets.dim() != 3 or targets.shape[2] != _BOX + 1:
             raise BatchError(
                 f"the targets of a detector have to be (N, boxes, 5), as detection_batch makes them, and are "
