@@ -161,6 +161,20 @@ def test_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         make(model, rule="dgl").step(detection_batch(model, *scenes()))
 
 
+def test_precision() -> None:
+    """Anchors and boxes are float32 at least, whatever the images are."""
+    model = detector().double()
+    images, targets = scenes()
+    wide = [{**t, "boxes": torch.tensor([[0.0, 0.0, 257.0, 513.0]]), "labels": torch.tensor([1])} for t in targets]
+    model.transform.min_size, model.transform.max_size = (600,), 600
+    images = [torch.zeros(3, 600, 600) for _ in images]
+    for dtype, boxes in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        found, rows = detection_batch(model, [image.to(dtype) for image in images], wide)
+        assert (found.dtype, rows.dtype) == (dtype, boxes)
+        assert rows[0, 0].tolist() == [0.0, 0.0, 257.0, 513.0, 1.0]
+    assert make(model, rule="dgl").model(torch.zeros(1, 3, SIDE, SIDE).double()).dtype == torch.float64
+
+
 def test_errors() -> None:
     model = detector()
     trainer = make(model, rule="dgl")

@@ -152,15 +152,17 @@ def _by_anchor(x: Tensor, values: int) -> Tensor:
 def anchors(generator: AnchorGenerator, images: Size, maps: Sequence[Tensor]) -> Tensor:
     """The anchors (A, 4) of all ``maps`` of images of this size."""
     # In float32, whatever the maps are; of tensors without memory, as their sizes alone are looked at.
-    shapes = [torch.empty((), device=m.device).expand(1, 1, *m.shape[-2:]) for m in maps]
-    image = torch.empty((), device=maps[0].device).expand(1, 1, *images)
+    like = torch.empty((), dtype=torch.float32, device=maps[0].device)
+    shapes = [like.expand(1, 1, *m.shape[-2:]) for m in maps]
+    image = like.expand(1, 1, *images)
     (found,) = generator(ImageList(image, [(images[0], images[1])]), shapes)
     return found
 
 
 def joined(classes: Tensor, boxes: Tensor, found: Tensor) -> Tensor:
     """Outputs as :class:`RetinaNetOutputs` gives them; those of lower precision become the anchors' float32."""
-    return torch.cat([classes.to(found.dtype), boxes.to(found.dtype), found.expand(len(classes), -1, -1)], 2)
+    dtype = torch.promote_types(classes.dtype, found.dtype)
+    return torch.cat([classes.to(dtype), boxes.to(dtype), found.to(dtype).expand(len(classes), -1, -1)], 2)
 
 
 @adapt.register
