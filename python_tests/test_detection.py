@@ -175,6 +175,21 @@ def test_precision() -> None:
     assert make(model, rule="dgl").model(torch.zeros(1, 3, SIDE, SIDE).double()).dtype == torch.float64
 
 
+def test_sides_that_the_backbone_does_not_divide() -> None:
+    """Torchvision's anchors drift from their cells there, and those of each block elsewhere."""
+    model = detector()
+    trainer = make(model, rule="dgl")
+    targets = torch.tensor([[[4.0, 4.0, 30.0, 30.0, 1.0]]] * 2)
+    with pytest.raises(BatchError, match="become maps of 13 x 13, 7 x 7, 4 x 4; give images whose sides are multiples"):
+        trainer.step((torch.rand(2, 3, 100, 100), targets))
+    with pytest.raises(BatchError, match="become maps of 8 x 8, 4 x 4, 2 x 2; give images whose sides are multiples"):
+        trainer.evaluate([(torch.rand(2, 3, 60, 60), targets)])
+    with pytest.raises(BatchError, match="images of about 100 x 100 pixels become maps"):
+        partition(RetinaNetOutputs(model), 4, example=(3, 100, 100))
+    for height, width in ((64, 96), (96, 32)):  # other sizes than the example's are no matter
+        assert trainer.step((torch.rand(2, 3, height, width), targets)).logits.shape[0] == 2
+
+
 def test_errors() -> None:
     model = detector()
     trainer = make(model, rule="dgl")

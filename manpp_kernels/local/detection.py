@@ -55,6 +55,7 @@ class RetinaNetOutputs(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         maps = list(self.detector.backbone(images).values())
+        check_sides(images.shape[-2:], maps[: len(self.detector.backbone.body.return_layers)])
         outputs = self.detector.head(maps)
         found = anchors(self.detector.anchor_generator, images.shape[-2:], maps)
         return joined(outputs["cls_logits"], outputs["bbox_regression"], found)
@@ -78,6 +79,7 @@ class PyramidHead(nn.Module):
     def forward(self, last: Tensor, *tapped: Tensor) -> Tensor:
         features = (*tapped, last)
         height, width = features[0].shape[-2:]
+        check_sides(Size((height * self._reduction, width * self._reduction)), features)
         maps = list(self.pyramid(dict(zip(self._names, features, strict=True))).values())
         outputs = self.head(maps)
         found = anchors(self._anchors[0], Size((height * self._reduction, width * self._reduction)), maps)
@@ -147,6 +149,20 @@ def _convolution(inputs: int, outputs: int, bias: float) -> nn.Conv2d:
 def _by_anchor(x: Tensor, values: int) -> Tensor:
     """A map (N, A values, H, W) as (N, H W A, values)."""
     return x.unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+
+def check_sides(images: Size, maps: Sequence[Tensor]) -> None:
+    """Raise where images of this size do not divide evenly into the ``maps`` that a backbone makes of them.
+
+    Torchvision takes for a map's stride the whole part of what the sides are larger: anchors would drift from their
+    cells, elsewhere in each block.
+    """
+    if any(side % of_map for m in maps for side, of_map in zip(images, m.shape[-2:], strict=True)):
+        raise BatchError(
+            f"images of about {images[0]} x {images[1]} pixels become maps of "
+            f"{', '.join(f'{m.shape[-2]} x {m.shape[-1]}' for m in maps)}; give images whose sides are multiples of "
+            "what the backbone reduces them by, as detection_batch does"
+        )
 
 
 def anchors(generator: AnchorGenerator, images: Size, maps: Sequence[Tensor]) -> Tensor:
