@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torchvision.models import resnet
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, mobilenet_backbone
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from manpp_kernels.local import detection, partition
@@ -136,6 +137,53 @@ def test_training_learns() -> None:
     assert row["val_loss"] > 0
 
 
+def test_copies_and_pickles() -> None:
+    """A copy of the network is one of the detector too; anchors stay those that the user gave it."""
+    model = detector()
+    model.anchor_generator.cell_anchors[0] += 1.0  # of its own making
+    network = make(model, rule="dgl").network
+    images, targets = detection_batch(model, *scenes())
+    expected = RetinaNetOutputs(model)(images)[:, : 64 * 6, -4:]
+    for twin in (network, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        block = twin.blocks[0]
+        features, *_ = block.body(images)
+        assert torch.equal(block.auxiliary.head(features)[..., -4:], expected)
+        assert block(images, images, targets).loss > 0
+
+
+@pytest.mark.parametrize(
+    "layers", [("layer2", "layer3"), ("layer4",), ("layer1", "layer2", "layer3", "layer4")], ids=" ".join
+)
+def test_other_stages_of_the_backbone(layers: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    channels = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}
+    body, names = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1]), {name: str(i) for i, name in enumerate(layers)}
+    backbone = BackboneWithFPN(body, names, [channels[n] for n in layers], CHANNELS, LastLevelP6P7(CHANNELS, CHANNELS))
+    generator = AnchorGenerator(tuple((8 * 2**i,) for i in range(len(layers) + 2)), ((1.0,),) * (len(layers) + 2))
+    model = RetinaNet(backbone, CLASSES, min_size=SIDE, max_size=SIDE, anchor_generator=generator)
+    trainer = make(model, rule="dgl")
+    names_of_blocks = trainer.network.partition.names()
+    assert [block[-1] for block in names_of_blocks] == [f"layer{i}.0" for i in range(1, int(layers[-1][-1]) + 1)]
+    batch = detection_batch(model, *scenes())
+    images, targets = scenes()
+    expected = sum(copy.deepcopy(model).train()(images, targets).values())
+    torch.testing.assert_close(trainer.step(batch).losses[-1], expected.detach())
+
+
+def test_precision() -> None:
+    """Anchors and boxes are float32 at least, whatever the images are."""
+    model = detector().double()
+    images, targets = scenes()
+    wide = [{**t, "boxes": torch.tensor([[0.0, 0.0, 257.0, 513.0]]), "labels": torch.tensor([1])} for t in targets]
+    model.transform.min_size, model.transform.max_size = (600,), 600
+    images = [torch.zeros(3, 600, 600) for _ in images]
+    for dtype, boxes in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        found, rows = detection_batch(model, [image.to(dtype) for image in images], wide)
+        assert (found.dtype, rows.dtype) == (dtype, boxes)
+        assert rows[0, 0].tolist() == [0.0, 0.0, 257.0, 513.0, 1.0]
+    assert make(model, rule="dgl").model(torch.zeros(1, 3, SIDE, SIDE).double()).dtype == torch.float64
+
+
 def test_targets_that_cannot_be() -> None:
     model = detector()
     images, targets = scenes()
@@ -154,25 +202,17 @@ def test_targets_that_cannot_be() -> None:
     assert all(loss < 0.01 for loss in make(model, rule="dgl").step(batch).losses), "all of it is background"
 
 
-def test_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detection, "is_capturing", lambda device: True)
-    model = detector()
-    with pytest.raises(RuntimeError, match=r"the losses of a RetinaNet .* set cuda_graphs=False"):
-        make(model, rule="dgl").step(detection_batch(model, *scenes()))
-
-
-def test_precision() -> None:
-    """Anchors and boxes are float32 at least, whatever the images are."""
-    model = detector().double()
-    images, targets = scenes()
-    wide = [{**t, "boxes": torch.tensor([[0.0, 0.0, 257.0, 513.0]]), "labels": torch.tensor([1])} for t in targets]
-    model.transform.min_size, model.transform.max_size = (600,), 600
-    images = [torch.zeros(3, 600, 600) for _ in images]
-    for dtype, boxes in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        found, rows = detection_batch(model, [image.to(dtype) for image in images], wide)
-        assert (found.dtype, rows.dtype) == (dtype, boxes)
-        assert rows[0, 0].tolist() == [0.0, 0.0, 257.0, 513.0, 1.0]
-    assert make(model, rule="dgl").model(torch.zeros(1, 3, SIDE, SIDE).double()).dtype == torch.float64
+def test_detectors_that_do_not_come_apart() -> None:
+    with pytest.raises(TypeError, match=r"train RetinaNetOutputs\(detector\) with the criterion RetinaNetLoss"):
+        LocalTrainer(detector(), TrainerConfig(rule="dgl"), example=(3, SIDE, SIDE))
+    backbone = mobilenet_backbone(backbone_name="mobilenet_v3_large", weights=None, fpn=True)
+    sizes = ((8,), (16,), (32,))
+    mobile = RetinaNet(backbone, CLASSES, anchor_generator=AnchorGenerator(sizes, ((1.0,),) * 3))
+    for use in (stage_ends, RetinaNetOutputs):
+        with pytest.raises(TypeError, match=r"a ResNet alone .* backbone is BackboneWithFPN of another network"):
+            use(mobile)
+    with pytest.raises(TypeError, match="has to be a RetinaNet of torchvision, and is FCOS"):
+        RetinaNetOutputs(FCOS(backbone, CLASSES))
 
 
 def test_sides_that_the_backbone_does_not_divide() -> None:
@@ -188,6 +228,13 @@ def test_sides_that_the_backbone_does_not_divide() -> None:
         partition(RetinaNetOutputs(model), 4, example=(3, 100, 100))
     for height, width in ((64, 96), (96, 32)):  # other sizes than the example's are no matter
         assert trainer.step((torch.rand(2, 3, height, width), targets)).logits.shape[0] == 2
+
+
+def test_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "is_capturing", lambda device: True)
+    model = detector()
+    with pytest.raises(RuntimeError, match=r"the losses of a RetinaNet .* set cuda_graphs=False"):
+        make(model, rule="dgl").step(detection_batch(model, *scenes()))
 
 
 def test_errors() -> None:

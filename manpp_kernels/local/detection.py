@@ -18,8 +18,11 @@ What comes out is the detector itself, trained in place.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -47,10 +50,14 @@ class RetinaNetOutputs(nn.Module):
 
     Args:
         detector: trained in place; its other methods stay as they are, so that it detects afterwards.
+
+    Raises:
+        TypeError: it is no RetinaNet, or has another backbone.
     """
 
     def __init__(self, detector: RetinaNet) -> None:
         super().__init__()
+        resnet_of(detector)
         self.detector = detector
 
     def forward(self, images: Tensor) -> Tensor:
@@ -92,13 +99,13 @@ class LevelHead(nn.Module):
     Args:
         features: the shape of what it takes, (N, C, H, W).
         images: the shape of the images, (N, 3, H, W).
+        width: ``"wide"``: 256 channels, as published; ``"narrow"``: 64; ``"linear"``: no hidden layers.
         detector: whose anchors and classes it has; those of the pyramid level of its stride, and behind the last such
             level, which the pyramid computes from it, those of all coarser ones.
         finest: by how much the finest level of the pyramid is smaller than the images.
-        width: ``"wide"``: 256 channels, as published; ``"narrow"``: 64; ``"linear"``: no hidden layers.
     """
 
-    def __init__(self, features: Size, images: Size, detector: RetinaNet, finest: int, width: str) -> None:
+    def __init__(self, features: Size, images: Size, width: str, detector: RetinaNet, finest: int) -> None:
         super().__init__()
         generator, head = detector.anchor_generator, detector.head.classification_head
         backbone_levels = len(detector.backbone.body.return_layers)
@@ -106,12 +113,15 @@ class LevelHead(nn.Module):
         self.pool = nn.AvgPool2d(max(1, finest // stride))
         level = min(backbone_levels - 1, max(0, round(math.log2(stride / finest))))
         levels = slice(level, None if level == backbone_levels - 1 else level + 1)
-        self._anchors = [AnchorGenerator(generator.sizes[levels], generator.aspect_ratios[levels])]
+        own_anchors = copy.copy(generator)  # of its own class, and with the anchors that it has by now
+        own_anchors.sizes, own_anchors.aspect_ratios = generator.sizes[levels], generator.aspect_ratios[levels]
+        own_anchors.cell_anchors = generator.cell_anchors[levels]
+        self._anchors = [own_anchors]
         self._stride, self._classes = stride, head.num_classes
         channels = _CHANNELS[width]
         self.project = nn.Identity() if channels is None else nn.Conv2d(features[1], channels, 1)
         own = features[1] if channels is None else channels
-        coarser = len(generator.sizes[levels]) - 1
+        coarser = len(own_anchors.sizes) - 1
         self.coarser = nn.ModuleList(nn.Conv2d(own, own, 3, stride=2, padding=1) for _ in range(coarser))
         # As RetinaNet begins: everything is background, with a probability of 0.99.
         self.classes = _subnet(own, channels, head.num_anchors * self._classes, -math.log(0.99 / 0.01))
@@ -181,32 +191,53 @@ def joined(classes: Tensor, boxes: Tensor, found: Tensor) -> Tensor:
     return torch.cat([classes.to(dtype), boxes.to(dtype), found.to(dtype).expand(len(classes), -1, -1)], 2)
 
 
+def resnet_of(detector: RetinaNet) -> Any:
+    """The ResNet below a detector's pyramid, up to the last stage that the pyramid looks at.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if not isinstance(detector, RetinaNet):
+        raise TypeError(f"the detector has to be a RetinaNet of torchvision, and is {type(detector).__name__}")
+    backbone = detector.backbone
+    body = backbone.body if isinstance(backbone, BackboneWithFPN) else None
+    if body is None or not hasattr(body, "layer1"):
+        raise TypeError(
+            "a RetinaNet comes apart on the feature pyramid of a ResNet alone (resnet_fpn_backbone), and the backbone "
+            f"is {type(backbone).__name__}" + ("" if body is None else " of another network")
+        )
+    return body
+
+
+def _stages(body: nn.Module) -> list[str]:
+    return [name for name, _ in body.named_children() if name.startswith("layer")]
+
+
+@adapt.register
+def _(model: RetinaNet) -> Parts:
+    raise TypeError(
+        "a RetinaNet takes images and targets at once; train RetinaNetOutputs(detector) with the criterion "
+        "RetinaNetLoss(detector), both of manpp_kernels.local.detection (docs/models.md shows it)"
+    )
+
+
 @adapt.register
 def _(model: RetinaNetOutputs) -> Parts:
     """Residual blocks; pyramid and head are the head, and look at the ends of several stages."""
-    backbone = model.detector.backbone
-    body = backbone.body if isinstance(backbone, BackboneWithFPN) else None
-    if body is None or not hasattr(body, "layer4"):
-        raise TypeError(
-            "there is an adapter for a RetinaNet on a feature pyramid of a ResNet alone (resnet_fpn_backbone), and the "
-            f"backbone is {type(backbone).__name__}"
-        )
+    detector = model.detector
+    body = resnet_of(detector)
     stem = nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool)
-    units = staged_units(body, ["layer1", "layer2", "layer3", "layer4"])
+    units = staged_units(body, _stages(body))
     names = list(units)
-    *taps, _ = (next(n for n in reversed(names) if n.startswith(f"{stage}.")) for stage in body.return_layers)
-    finest = reduction([stem, *(units[name] for name in names[: names.index(taps[0]) + 1])])
-
-    def local_head(features: Size, images: Size, width: str) -> nn.Module:
-        return LevelHead(features, images, model.detector, finest, width)
-
+    seen = [next(n for n in reversed(names) if n.startswith(f"{stage}.")) for stage in body.return_layers]
+    finest = reduction([stem, *(units[name] for name in names[: names.index(seen[0]) + 1])])
     return Parts(
         stem,
         units,
-        PyramidHead(model.detector, finest),
+        PyramidHead(detector, finest),
         cifar_resnet.init_weights,
-        taps=taps,
-        local_head=local_head,
+        taps=seen[:-1],
+        local_head=functools.partial(LevelHead, detector=detector, finest=finest),
     )
 
 
@@ -292,6 +323,10 @@ def _check_target(image: int, target: Mapping[str, Tensor], classes: int) -> Non
 
 
 def stage_ends(detector: RetinaNet) -> list[str]:
-    """The boundaries of four local blocks that end where the stages of the backbone do, as published."""
-    body = detector.backbone.body
-    return [f"{stage}.{len(getattr(body, stage)) - 1}" for stage in ("layer1", "layer2", "layer3")]
+    """The boundaries of local blocks that end where the stages of the backbone do: four, as published.
+
+    Raises:
+        TypeError: as :class:`RetinaNetOutputs`.
+    """
+    body = resnet_of(detector)
+    return [f"{stage}.{len(getattr(body, stage)) - 1}" for stage in _stages(body)[:-1]]

@@ -163,6 +163,7 @@ _LIBRARIES = {
     "torchvision": (
         "manpp_kernels.local.adapters.torchvision",
         "manpp_kernels.local.adapters.torchvision_segmentation",
+        "manpp_kernels.local.detection",
     ),
 }
 
