@@ -107,7 +107,8 @@ class TappedRow(nn.Module):
         self._tapped = list(tapped)
 
     def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        y, *taps = x if isinstance(x, tuple) else (x,)
+        y, *before = x if isinstance(x, tuple) else (x,)
+        taps = list(before)  # to PyTorch 2.10's compiler the rest of a tuple is one
         for module, tapped in zip(self.row, self._tapped, strict=True):
             y = module(y)
             if tapped:
