@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from manpp_kernels.local import Parts, adapt, partition
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
@@ -124,6 +124,31 @@ def test_it_goes_with_the_other_settings(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(ours.export_state_dict(), plain.export_state_dict())
     again = ours.step(batch())
     assert sum(again.losses) < sum(found.losses)
+
+
+class Number(nn.Sequential):
+    """A model that gives one number for each image."""
+
+
+@adapt.register
+def _(model: Number) -> Parts:
+    first, second, *head = model
+    return Parts(first, {"1": second}, nn.Sequential(*head), local_head=local_number)
+
+
+def local_number(features: Size, images: Size, width: str) -> nn.Module:
+    return nn.Sequential(nn.Linear(features[1], 1), nn.Flatten(0))
+
+
+def test_outputs_of_another_kind() -> None:
+    torch.manual_seed(0)
+    model = Number(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1), nn.Flatten(0))
+    config = TrainerConfig(rule="dgl", learning_rate=0.01)
+    trainer = LocalTrainer(model, config, example=(4,), criterion=nn.MSELoss())
+    images = torch.rand(8, 4)
+    rows = trainer.fit([(images, images.sum(1))], 20)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
+    assert rows[-1]["train_acc"] is None
 
 
 def test_what_cannot_be() -> None:

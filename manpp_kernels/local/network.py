@@ -33,7 +33,8 @@ class LocalNetwork(nn.Module):
 
     def __init__(self, partition: Partition, rule: Rule, criterion: Criterion, num_classes: int | None = None) -> None:
         super().__init__()
-        outputs = partition.output_shape[1]
+        # Of a local_head's model the outputs may be one number an image, (N,).
+        outputs = partition.output_shape[1] if len(partition.output_shape) > 1 else 1
         if num_classes is not None and num_classes != outputs and partition.parts.local_head is None:
             raise ValueError(f"num_classes is {num_classes}, and the model's output has {outputs}; make them agree")
         rule.check(len(partition.segments), len(partition))
