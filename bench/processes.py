@@ -27,7 +27,7 @@ from common import ALL_THREADS, QUICK, environment, text_table, write_json
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from manpp_kernels.local import SavedTensorMeter, partition
+from manpp_kernels.local import SavedTensorMeter, measure_block_seconds, partition, share_out
 from manpp_kernels.local.partition import body
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
@@ -37,6 +37,7 @@ IMAGE = (3, 16, 16) if QUICK else (3, 32, 32)
 BATCH = 16 if QUICK else 128
 # Of each variant in a row, and how many times.
 STEPS, ROUNDS = (1, 2) if QUICK else (6, 9)
+# The first is measured where none is named.
 NETWORKS = ["resnet20"] if QUICK else ["resnet32", "resnet110"]
 MICRO_BATCHES = 4
 
@@ -91,9 +92,22 @@ def make(network: str, name: tuple[str, str]) -> tuple[Step, list[Tensor]]:
     if settings is None:
         pipeline = Backpropagation(model)
         return pipeline.step, pipeline.parameters
+    if name[1] == PIPELINE:
+        settings = {**settings, "pipeline": shares(network, settings)}
     trainer = _local(model, **settings)
     mine = slice(dist.get_rank(), None, dist.get_world_size()) if name[1] == REPLICAS else slice(None)
     return lambda images, targets: trainer.step((images[mine], targets[mine])), trainer.persistent_tensors()
+
+
+def shares(network: str, settings: dict[str, Any]) -> list[int]:
+    """How many blocks each process gets, by what they take on one thread."""
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        alone = _local(MODELS[network](CLASSES), **{**settings, "pipeline": False})
+        batch = torch.randn(BATCH, *IMAGE), torch.randint(0, CLASSES, (BATCH,))
+        found = [share_out(measure_block_seconds(alone, batch), dist.get_world_size())]
+    dist.broadcast_object_list(found)
+    return list(found[0])
 
 
 def measure(network: str) -> list[dict[str, Any]]:
@@ -183,12 +197,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", action="append", choices=NETWORKS, help="may be repeated [all]")
+    parser.add_argument("--network", action="append", choices=NETWORKS, help=f"may be repeated [{NETWORKS[0]}]")
     parser.add_argument("--json", type=Path, metavar="PATH")
     args = parser.parse_args(argv)
     count = min(4, max(2, os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (count, f"{folder}/store", args.network or NETWORKS, args.json)
+        arguments = (count, f"{folder}/store", args.network or NETWORKS[:1], args.json)
         torch.multiprocessing.spawn(_process, arguments, nprocs=count)
     return 0
 

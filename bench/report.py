@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from goals import Goal, fraction_of_floor, goals
+from page import mib, table
+from training_sections import dense_section, fashion_section, processes_section, training_section
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -54,17 +56,8 @@ def title(results: Results) -> str:
 # Markdown
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
-
-
 def time(us: float) -> str:
     return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:,.0f}"
-
-
-def mib(count: float) -> str:
-    return f"{count / 2**20:,.1f}"
 
 
 def environment_line(e: dict[str, Any]) -> str:
@@ -142,87 +135,6 @@ def host_section(results: dict[str, Any], gpu: bool) -> str:
     return "\n\n".join(parts)
 
 
-def training_section(results: dict[str, Any], gpu: bool) -> str:
-    kind = "allocated_bytes" if gpu else "saved_bytes"
-    memory = "memory of a step" if gpu else "saved activations"
-    lines = []
-    for r in results["rows"]:
-        spread = r["again_seconds"]
-        lines.append(
-            [
-                f"{r['network']}, K = {r['blocks']}, {r['variant']}",
-                f"{1e3 * r['seconds']:,.1f}",
-                f"{1e3 * r['min_seconds']:,.1f} to {1e3 * r['max_seconds']:,.1f}",
-                f"{abs(spread - r['seconds']) / min(spread, r['seconds']):.0%}" if spread else "",
-                f"{r['of_e2e']:.2f}",
-                f"{r['speed_up']:.2f}x",
-                mib(r[kind]),
-                f"{r['memory_share']:.1%}",
-            ]
-        )
-    head = ["training", "ms a step", "range", "spread", "of e2e", "over plain PyTorch", f"{memory}, MiB", "of e2e"]
-    first = results["rows"][0]
-    recipe = [f"batches of {first['batch']} images of {' x '.join(map(str, first['image']))}", first.get("amp", "fp32")]
-    recipe += ["channels_last"] if first.get("channels_last") else []
-    return f"{', '.join(recipe).capitalize()}.\n\n{table(head, lines)}"
-
-
-def processes_section(results: dict[str, Any], gpu: bool) -> str:
-    rows = results["rows"]
-    lines = [
-        [
-            f"{r['network']}, {r['variant']}, {r['how']}",
-            str(r["processes"]),
-            f"{1e3 * r['seconds']:,.1f}",
-            f"{1e3 * r['min_seconds']:,.1f} to {1e3 * r['max_seconds']:,.1f}",
-            f"{r['of_e2e']:.2f}",
-            mib(r["saved_bytes"]),
-            f"{r['memory_share']:.1%}",
-        ]
-        for r in rows
-    ]
-    head = ["training", "processes", "ms a step", "range", "of e2e", "saved activations of one, MiB", "of e2e"]
-    first = rows[0]
-    said = f"Batches of {first['batch']} images of {' x '.join(map(str, first['image']))} over all processes together"
-    return f"{said}; medians of {first['rounds']} turns of {first['steps']} steps.\n\n{table(head, lines)}"
-
-
-def dense_section(results: dict[str, Any], gpu: bool) -> str:
-    kind = "allocated_bytes" if gpu else "saved_bytes"
-    lines = [
-        [
-            f"{r['task']}, {r['variant']}",
-            f"{1e3 * r['seconds']:,.0f}",
-            f"{1e3 * r['min_seconds']:,.0f} to {1e3 * r['max_seconds']:,.0f}",
-            f"{r['of_e2e']:.2f}",
-            mib(r[kind]),
-            f"{r['memory_share']:.1%}",
-        ]
-        for r in results["rows"]
-    ]
-    memory = "memory of a step" if gpu else "saved activations"
-    first = results["rows"][0]
-    said = f"Batches of {first['batch']} images of {first['side']} x {first['side']}; four blocks but for end to end."
-    return f"{said}\n\n{table(['training', 'ms a step', 'range', 'of e2e', f'{memory}, MiB', 'of e2e'], lines)}"
-
-
-def fashion_section(results: dict[str, Any], gpu: bool) -> str:
-    lines = [
-        [
-            r["rule"],
-            str(r["seed"]),
-            f"{r['test_accuracy']:.2%}",
-            f"{r['seconds']:,.1f}",
-            f"{1e3 * r['seconds_per_step']:,.1f}",
-            mib(r["peak_memory_bytes"]),
-            f"`{r['command']}`",
-        ]
-        for r in results["rows"]
-    ]
-    memory = f"MiB ({results['rows'][0]['memory']})"
-    return table(["rule", "seed", "test accuracy", "s of training", "ms a step", memory, "command"], lines)
-
-
 def operator_section(results: dict[str, Any], gpu: bool) -> str:
     rows = results["rows"]
     parts = [
@@ -251,7 +163,8 @@ def page_block(found: dict[str, Results]) -> str:
     parts = []
     for name, results in found.items():
         gpu = on_gpu(results)
-        parts += [f"## {title(results)}", "### Goals", goals_table(goals(results, gpu))]
+        held = list(goals(results, gpu))
+        parts += [f"## {title(results)}", *(["### Goals", goals_table(held)] if held else [])]
         for key, (heading, section) in SECTIONS.items():
             if key in results:
                 source = f"From bench/results/{name}/{key}.json: {environment_line(results[key]['environment'])}"
@@ -278,6 +191,12 @@ def readme_block(found: dict[str, Results]) -> str:
             what = f"{title(results)}, a step of {first['batch']} images"
             head = [what, "ms", "of end to end", f"{kind}, MiB", "of end to end"]
             parts.append(table(head, steps))
+        if "dense" in results:
+            first = results["dense"]["rows"][0]
+            kind = "memory" if on_gpu(results) else "activations"
+            what = f"{title(results)}, a step of {first['batch']} images of {first['side']} x {first['side']}"
+            head = [what, "ms", "of end to end", f"{kind}, MiB", "of end to end"]
+            parts.append(table(head, _readme_dense(results)))
     return "\n\n".join(parts) or "No results are kept yet."
 
 
@@ -346,6 +265,33 @@ def _readme_steps(results: Results) -> list[list[str]]:
                     [f"{network}: {what}", ms, f"{r['of_e2e']:.2f}x", mib(r[kind]), f"{r['memory_share']:.0%}"]
                 )
     return lines
+
+
+# What of segmentation and detection is shown there, and how it is called.
+README_DENSE = {
+    "end to end": "e2e",
+    "end to end, recomputed": "e2e, checkpointed",
+    "DGL, 4 blocks": "dgl, narrow head",
+    "DGL, 4 blocks, recomputed": "dgl, narrow head, checkpointed",
+    "MAN++, 4 blocks": "MAN++ activation form",
+}
+
+
+def _readme_dense(results: Results) -> list[list[str]]:
+    kind = "allocated_bytes" if on_gpu(results) else "saved_bytes"
+    rows = {(r["task"], r["variant"]): r for r in results["dense"]["rows"]}
+    return [
+        [
+            f"{task}: {what}",
+            f"{1e3 * r['seconds']:,.0f}",
+            f"{r['of_e2e']:.2f}x",
+            mib(r[kind]),
+            f"{r['memory_share']:.0%}",
+        ]
+        for task in dict.fromkeys(task for task, _ in rows)
+        for what, variant in README_DENSE.items()
+        if (r := rows.get((task, variant))) is not None
+    ]
 
 
 # Pages

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from manpp_kernels.local import measure_step_memory, partition
-from manpp_kernels.local.partition import _block_bytes, _minimax
+from manpp_kernels.local.balance import minimax
+from manpp_kernels.local.partition import _block_bytes
 from manpp_kernels.local.segments import Segment
 from manpp_kernels.models import CifarResNet, resnet20, resnet32, resnet110
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
@@ -146,7 +147,7 @@ def test_minimax_is_the_best_of_all_partitions() -> None:
                 max(sum(weights[a:b]) for a, b in itertools.pairwise([0, *cuts, n]))
                 for cuts in itertools.combinations(range(1, n), count - 1)
             )
-            ends = _minimax([list(itertools.accumulate(weights[a:])) for a in range(n)], count)
+            ends = minimax([list(itertools.accumulate(weights[a:])) for a in range(n)], count)
             assert len(ends) == count
             assert max(sum(weights[a:b]) for a, b in itertools.pairwise([0, *ends])) == best
 
