@@ -27,10 +27,11 @@ from common import ALL_THREADS, QUICK, environment, text_table, write_json
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from manpp_kernels.local import SavedTensorMeter, measure_block_seconds, partition, share_out
+from manpp_kernels.local import SavedTensorMeter, partition
 from manpp_kernels.local.partition import body
 from manpp_kernels.models import MODELS
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+from manpp_kernels.training.balance import measure_block_seconds, share_out
 
 CLASSES = 10
 IMAGE = (3, 16, 16) if QUICK else (3, 32, 32)

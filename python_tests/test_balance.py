@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.local import balance, measure_block_seconds, share_out
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig
+from manpp_kernels.training import balance
+from manpp_kernels.training.balance import measure_block_seconds, share_out
 
 
 def test_the_slowest_rank_takes_the_least_time() -> None:
@@ -46,3 +47,25 @@ def test_the_seconds_of_each_block(monkeypatch: pytest.MonkeyPatch, rule: str, e
         assert torch.equal(p, value)
         assert p.grad is None
     trainer.step(batch)
+
+
+def test_blocks_run_as_in_training() -> None:
+    """In the trainer's precision and layout, and not where they have no times of their own."""
+    seen: list[tuple[torch.dtype, bool]] = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    model[2].register_forward_pre_hook(
+        lambda _, x: seen.append((x[0].dtype, x[0].is_contiguous(memory_format=torch.channels_last)))
+    )
+    batch = torch.randn(4, 3, 8, 8), torch.arange(4) % 2
+    for rule in ("dgl", "mlaan"):
+        config = TrainerConfig(rule=rule, amp="bf16", channels_last=True)
+        trainer = LocalTrainer(model, config, example=(3, 8, 8))
+        seen.clear()
+        if rule == "dgl":
+            measure_block_seconds(trainer, batch, rounds=1)
+            assert seen == [(torch.bfloat16, True)]
+        else:
+            with pytest.raises(ValueError, match="cannot run at once"):
+                measure_block_seconds(trainer, batch)
+    with pytest.raises(ValueError, match="rounds has to be 1 or more, and is 0"):
+        measure_block_seconds(trainer, batch, rounds=0)

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from manpp_kernels.local import measure_step_memory, partition
-from manpp_kernels.local.balance import minimax
-from manpp_kernels.local.partition import _block_bytes
+from manpp_kernels.local.partition import _block_bytes, minimax
 from manpp_kernels.local.segments import Segment
 from manpp_kernels.models import CifarResNet, resnet20, resnet32, resnet110
 from manpp_kernels.trainer import LocalTrainer, TrainerConfig

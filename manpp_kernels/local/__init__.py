@@ -1,7 +1,6 @@
 """Local learning: a model's partition, the auxiliary networks, the rules, and the local blocks made of them."""
 
 from manpp_kernels.local.auxiliary import Auxiliary, Classifier, EmaUpdates, Site
-from manpp_kernels.local.balance import measure_block_seconds, share_out
 from manpp_kernels.local.memory import SavedTensorMeter, StepMemory, measure_step_memory
 from manpp_kernels.local.network import BlockOutput, LocalBlock, LocalNetwork
 from manpp_kernels.local.partition import Partition, partition
@@ -24,10 +23,8 @@ __all__ = [
     "StepMemory",
     "adapt",
     "make_rule",
-    "measure_block_seconds",
     "measure_step_memory",
     "partition",
     "register",
     "rule_names",
-    "share_out",
 ]

@@ -32,7 +32,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.image_list import ImageList
 
 from manpp_kernels.backends import is_capturing
-from manpp_kernels.local.parts import Parts, adapt, reduction, staged_units
+from manpp_kernels.local.adapters.torchvision_backbones import backbone_units, reduction
+from manpp_kernels.local.parts import Parts, adapt
 from manpp_kernels.local.targets import BatchError
 from manpp_kernels.models import cifar_resnet
 
@@ -209,8 +210,9 @@ def resnet_of(detector: RetinaNet) -> Any:
     return body
 
 
-def _stages(body: nn.Module) -> list[str]:
-    return [name for name, _ in body.named_children() if name.startswith("layer")]
+def _end(body: nn.Module, stage: str) -> str:
+    """The last unit of a stage."""
+    return f"{stage}.{len(body.get_submodule(stage)) - 1}"  # type: ignore[arg-type]  # a row of units
 
 
 @adapt.register
@@ -226,11 +228,9 @@ def _(model: RetinaNetOutputs) -> Parts:
     """Residual blocks; pyramid and head are the head, and look at the ends of several stages."""
     detector = model.detector
     body = resnet_of(detector)
-    stem = nn.Sequential(body.conv1, body.bn1, body.relu, body.maxpool)
-    units = staged_units(body, _stages(body))
-    names = list(units)
-    seen = [next(n for n in reversed(names) if n.startswith(f"{stage}.")) for stage in body.return_layers]
-    finest = reduction([stem, *(units[name] for name in names[: names.index(seen[0]) + 1])])
+    stem, units = backbone_units(body, "")
+    seen = [_end(body, stage) for stage in body.return_layers]
+    finest = reduction(stem, units, seen[0])
     return Parts(
         stem,
         units,
@@ -329,4 +329,5 @@ def stage_ends(detector: RetinaNet) -> list[str]:
         TypeError: as :class:`RetinaNetOutputs`.
     """
     body = resnet_of(detector)
-    return [f"{stage}.{len(getattr(body, stage)) - 1}" for stage in _stages(body)[:-1]]
+    *stages, _ = (name for name, _ in body.named_children() if name.startswith("layer"))
+    return [_end(body, stage) for stage in stages]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manpp_kernels.local.balance import minimax
 from manpp_kernels.local.parts import Parts, TappedRow, take_apart
 from manpp_kernels.local.recompute import Recomputed
 from manpp_kernels.local.segments import Segment, measure
@@ -196,6 +195,30 @@ def _block_bytes(segments: Sequence[Segment], recomputed: bool, item: int) -> li
             row.append(most)
         table.append(row)
     return table
+
+
+def minimax(costs: Sequence[Sequence[float]], count: int) -> list[int]:
+    """Ends of ``count`` non-empty runs of which the dearest costs the least possible, by dynamic programming.
+
+    Args:
+        costs: of the run from i to j (included) at [i][j - i].
+        count: how many runs.
+    """
+    n = len(costs)
+    # best[i]: (the least dearest of the first i in k runs, the ends of those runs)
+    best: list[tuple[float, list[int]] | None] = [(0, [])] + [None] * n
+    for k in range(1, count + 1):
+        now: list[tuple[float, list[int]] | None] = [None] * (n + 1)
+        for i in range(k, n + 1):
+            options = ((max(b[0], costs[j][i - 1 - j]), j) for j in range(k - 1, i) if (b := best[j]) is not None)
+            value, j = min(options)
+            before = best[j]
+            assert before is not None
+            now[i] = (value, [*before[1], i])
+        best = now
+    found = best[n]
+    assert found is not None
+    return found[1]
 
 
 def body(partition: Partition, block: int) -> nn.Module:

@@ -194,16 +194,6 @@ def joined_units(row: Iterable[tuple[str | None, nn.Module]]) -> tuple[nn.Sequen
     return stem, units
 
 
-def reduction(modules: Iterable[nn.Module]) -> int:
-    """By how much modules in a row reduce height and width: each layer of a row of them does so once, and each unit."""
-    found = 1
-    for module in modules:
-        for part in module if isinstance(module, nn.Sequential) else [module]:
-            strides = (m.stride for m in part.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d))
-            found *= max((s if isinstance(s, int) else max(s) for s in strides), default=1)
-    return found
-
-
 @adapt.register
 def _(model: cifar_resnet.CifarResNet) -> Parts:
     return Parts(

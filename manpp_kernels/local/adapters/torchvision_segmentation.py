@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.models.segmentation import FCN, LRASPP, DeepLabV3
 
-from manpp_kernels.local.parts import Parts, adapt, joined_units, reduction
+from manpp_kernels.local.adapters.torchvision_backbones import backbone_units, reduction
+from manpp_kernels.local.parts import Parts, adapt
 from manpp_kernels.models import cifar_resnet
 
 
@@ -19,20 +20,18 @@ def _(model: FCN | DeepLabV3) -> Parts:
             "learning puts others; make it with aux_loss=False, or set its aux_classifier to None, where pretrained "
             "weights bring one"
         )
-    stem, units = backbone_units(model.backbone)
+    stem, units = backbone_units(model.backbone, "backbone.")
     # The model itself resizes to the images, whose size the head does not see.
-    larger = nn.Upsample(scale_factor=reduction([stem, *units.values()]), mode="bilinear", align_corners=False)
+    larger = nn.Upsample(scale_factor=reduction(stem, units), mode="bilinear", align_corners=False)
     return Parts(stem, units, nn.Sequential(model.classifier, larger), cifar_resnet.init_weights)
 
 
 @adapt.register
 def _(model: LRASPP) -> Parts:
     """Inverted residual blocks; the classifier looks at features of two depths."""
-    stem, units = backbone_units(model.backbone)
+    stem, units = backbone_units(model.backbone, "backbone.")
     (low,) = (f"backbone.{name}" for name, taken in model.backbone.return_layers.items() if taken == "low")
-    names = list(units)
-    up_to_low = reduction([stem, *(units[name] for name in names[: names.index(low) + 1])])
-    head = LrasppHead(model.classifier, up_to_low)
+    head = LrasppHead(model.classifier, reduction(stem, units, low))
     return Parts(stem, units, head, cifar_resnet.init_weights, taps=(low,))
 
 
@@ -46,14 +45,3 @@ class LrasppHead(nn.Module):
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
         return self.larger(self.classifier({"high": high, "low": low}))  # type: ignore[no-any-return]
-
-
-def backbone_units(backbone: nn.Module) -> tuple[nn.Sequential, dict[str, nn.Module]]:
-    """The stem and the residual blocks of a ResNet or a MobileNet."""
-    row: list[tuple[str | None, nn.Module]] = []
-    for name, child in backbone.named_children():
-        if name.startswith("layer"):  # a stage of a ResNet
-            row += [(f"backbone.{name}.{block}", unit) for block, unit in child.named_children()]
-        else:  # a block of a MobileNet but for the first, or what a ResNet begins with
-            row.append((f"backbone.{name}" if name.isdecimal() and name != "0" else None, child))
-    return joined_units(row)

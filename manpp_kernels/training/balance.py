@@ -1,65 +1,46 @@
-"""Sharing blocks out so that none takes much more than others: by memory among blocks, by time among ranks."""
+"""How many blocks each rank of a pipeline should train: by what they take."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-if TYPE_CHECKING:
-    from manpp_kernels.trainer import LocalTrainer
-
-
-def minimax(costs: Sequence[Sequence[float]], count: int) -> list[int]:
-    """Ends of ``count`` non-empty runs of which the dearest costs the least possible, by dynamic programming.
-
-    Args:
-        costs: of the run from i to j (included) at [i][j - i].
-        count: how many runs.
-    """
-    n = len(costs)
-    # best[i]: (the least dearest of the first i in k runs, the ends of those runs)
-    best: list[tuple[float, list[int]] | None] = [(0, [])] + [None] * n
-    for k in range(1, count + 1):
-        now: list[tuple[float, list[int]] | None] = [None] * (n + 1)
-        for i in range(k, n + 1):
-            options = ((max(b[0], costs[j][i - 1 - j]), j) for j in range(k - 1, i) if (b := best[j]) is not None)
-            value, j = min(options)
-            before = best[j]
-            assert before is not None
-            now[i] = (value, [*before[1], i])
-        best = now
-    found = best[n]
-    assert found is not None
-    return found[1]
+from manpp_kernels.local.options import check_count
+from manpp_kernels.local.partition import minimax
+from manpp_kernels.trainer import LocalTrainer
+from manpp_kernels.training.step import Batch, autocast
 
 
-def measure_block_seconds(trainer: LocalTrainer, batch: tuple[Tensor, Tensor], rounds: int = 3) -> list[float]:
+def measure_block_seconds(trainer: LocalTrainer, batch: Batch, rounds: int = 3) -> list[float]:
     """What each local block takes for its forward and backward pass of a batch, in seconds; the least of some rounds.
 
     No parameter changes and no gradient is left; running statistics and random numbers move on as in training.
 
     Args:
-        trainer: in one process, with blocks that do not overlap.
-        batch: images and targets, as for :meth:`manpp_kernels.LocalTrainer.step`, on the trainer's device.
+        trainer: in one process.
+        batch: images and targets, as for :meth:`manpp_kernels.LocalTrainer.step`.
         rounds: how often all are measured.
+
+    Raises:
+        ValueError: the blocks overlap, so that they have no times of their own; ``rounds`` is below 1.
     """
-    seconds = [float("inf")] * len(trainer.network)
+    check_count("rounds", rounds)
+    trainer.network.rule.check_apart(streams=1, pipeline=True)
+    images, targets = trainer._on_device(batch)
     trainer.model.train()
     trainer.network.train()
+    seconds = [float("inf")] * len(trainer.network)
     for _ in range(rounds):
-        images, targets = batch
         x = images.clone()  # which the first block may change
         for j, block in enumerate(trainer.network):
             start = _now(trainer.device)
-            x, loss, _ = block(x, images, targets)
+            with autocast(trainer.config, trainer.device):
+                x, loss, _ = block(x, images, targets)
             loss.backward()
             seconds[j] = min(seconds[j], _now(trainer.device) - start)
-            block.release()
             for p in block.parameters():
                 p.grad = None
     return seconds
