@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from common import DEVICE, QUICK, environment, text_table, write_json
+from timing import quotient, step_times
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.segmentation import fcn_resnet50
@@ -97,13 +97,11 @@ def measure(task: str) -> list[dict[str, Any]]:
             "side": SIDE,
             **RECIPE,
             "variant": name,
-            "seconds": round(statistics.median(times[name]), 6),
-            "min_seconds": round(min(times[name]), 6),
-            "max_seconds": round(max(times[name]), 6),
+            **step_times(times[name]),
             "rounds": ROUNDS,
             **memory[name],
             "memory_share": round(memory[name][kind] / memory[first][kind], 4),
-            "of_e2e": round(statistics.median(a / b for a, b in zip(times[name], times[first], strict=True)), 4),
+            "of_e2e": quotient(times[name], times[first]),
         }
         for name in VARIANTS
     ]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import ALL_THREADS, QUICK, environment, text_table, write_json
+from timing import quotient, step_times
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -151,14 +151,12 @@ def measure(network: str) -> list[dict[str, Any]]:
             "processes": 1 if name[1] == ALONE else count,
             "variant": name[0],
             "how": name[1],
-            "seconds": round(statistics.median(times[name]), 6),
-            "min_seconds": round(min(times[name]), 6),
-            "max_seconds": round(max(times[name]), 6),
+            **step_times(times[name]),
             "rounds": ROUNDS,
             "steps": STEPS,
             "saved_bytes": memory[name],
             "memory_share": round(memory[name] / memory[first], 4),
-            "of_e2e": round(statistics.median(a / b for a, b in zip(times[name], times[first], strict=True)), 4),
+            "of_e2e": quotient(times[name], times[first]),
         }
         for name in VARIANTS
     ]

@@ -260,11 +260,13 @@ def _readme_steps(results: Results) -> list[list[str]]:
         for what, variant in README_STEPS["gpu" if gpu else "cpu"].items():
             if (network, variant) in rows:
                 r = rows[network, variant]
-                ms = f"{1e3 * r['seconds']:,.{1 if gpu else 0}f}"
-                lines.append(
-                    [f"{network}: {what}", ms, f"{r['of_e2e']:.2f}x", mib(r[kind]), f"{r['memory_share']:.0%}"]
-                )
+                lines.append(_readme_step(f"{network}: {what}", r, kind, 1 if gpu else 0))
     return lines
+
+
+def _readme_step(what: str, r: dict[str, Any], kind: str, digits: int) -> list[str]:
+    ms = f"{1e3 * r['seconds']:,.{digits}f}"
+    return [what, ms, f"{r['of_e2e']:.2f}x", mib(r[kind]), f"{r['memory_share']:.0%}"]
 
 
 # What of segmentation and detection is shown there, and how it is called.
@@ -281,13 +283,7 @@ def _readme_dense(results: Results) -> list[list[str]]:
     kind = "allocated_bytes" if on_gpu(results) else "saved_bytes"
     rows = {(r["task"], r["variant"]): r for r in results["dense"]["rows"]}
     return [
-        [
-            f"{task}: {what}",
-            f"{1e3 * r['seconds']:,.0f}",
-            f"{r['of_e2e']:.2f}x",
-            mib(r[kind]),
-            f"{r['memory_share']:.0%}",
-        ]
+        _readme_step(f"{task}: {what}", r, kind, 0)
         for task in dict.fromkeys(task for task, _ in rows)
         for what, variant in README_DENSE.items()
         if (r := rows.get((task, variant))) is not None

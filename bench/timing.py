@@ -226,3 +226,17 @@ def race(
                 with contender.in_force():
                     times[name].append(timer.time(count) / count)
     return {name: Sample.of(times[name], len(times[name]) * running[name][2]) for name in running}, failed
+
+
+def step_times(seconds: Sequence[float]) -> dict[str, float]:
+    """What a row says of the times of one kind of step, over all rounds."""
+    return {
+        "seconds": round(statistics.median(seconds), 6),
+        "min_seconds": round(min(seconds), 6),
+        "max_seconds": round(max(seconds), 6),
+    }
+
+
+def quotient(over: Sequence[float], under: Sequence[float]) -> float:
+    """The median over the rounds of the quotient within a round, which drift leaves alone."""
+    return round(statistics.median(a / b for a, b in zip(over, under, strict=True)), 4)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from common import DEVICE, QUICK, environment, text_table, write_json
 from eager_man_pp import EagerManPlusPlus
+from timing import quotient, step_times
 from torch import Tensor, nn
 
 from manpp_kernels.local import SavedTensorMeter
@@ -193,7 +194,6 @@ def measure(
             times[name].append(step_seconds(trainer, batch, steps))
         again.append(step_seconds(trainers[variants[0]], batch, steps))
     kind = "allocated_bytes" if GPU else "saved_bytes"
-    medians = {name: statistics.median(t) for name, t in times.items()}
     rows = [
         {
             "network": network,
@@ -202,16 +202,13 @@ def measure(
             "image": list(IMAGE),
             **RECIPE,
             "variant": name,
-            "seconds": round(medians[name], 6),
-            "min_seconds": round(min(times[name]), 6),
-            "max_seconds": round(max(times[name]), 6),
+            **step_times(times[name]),
             "again_seconds": round(statistics.median(again), 6) if name == variants[0] else None,
             "rounds": rounds,
             **memory[name],
             "memory_share": round(memory[name][kind] / memory[peer(name)][kind], 4) if peer(name) in memory else None,
-            # The median over the rounds of the quotient within a round, which drift leaves alone.
-            "speed_up": _quotient(times[EAGER], times[name]) if EAGER in times else None,
-            "of_e2e": _quotient(times[name], times[peer(name)]) if peer(name) in times else None,
+            "speed_up": quotient(times[EAGER], times[name]) if EAGER in times else None,
+            "of_e2e": quotient(times[name], times[peer(name)]) if peer(name) in times else None,
         }
         for name in variants
     ]
@@ -235,10 +232,6 @@ def make_ready(network: str, name: str, batch: tuple[Tensor, Tensor]) -> tuple[T
 def peer(name: str) -> str:
     """The end-to-end variant that another is compared with: captured, if that is."""
     return f"{E2E}, CUDA graph" if "CUDA graph" in name else E2E
-
-
-def _quotient(over: list[float], under: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(over, under, strict=True)), 4)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -7,6 +7,16 @@ from typing import Any
 from page import mib, table
 
 
+def _milliseconds(r: dict[str, Any], digits: int) -> list[str]:
+    """Of a step: the median, and the range."""
+    median, least, most = (f"{1e3 * r[key]:,.{digits}f}" for key in ("seconds", "min_seconds", "max_seconds"))
+    return [median, f"{least} to {most}"]
+
+
+def _memory(r: dict[str, Any], kind: str) -> list[str]:
+    return [mib(r[kind]), f"{r['memory_share']:.1%}"]
+
+
 def training_section(results: dict[str, Any], gpu: bool) -> str:
     kind = "allocated_bytes" if gpu else "saved_bytes"
     memory = "memory of a step" if gpu else "saved activations"
@@ -16,13 +26,11 @@ def training_section(results: dict[str, Any], gpu: bool) -> str:
         lines.append(
             [
                 f"{r['network']}, K = {r['blocks']}, {r['variant']}",
-                f"{1e3 * r['seconds']:,.1f}",
-                f"{1e3 * r['min_seconds']:,.1f} to {1e3 * r['max_seconds']:,.1f}",
+                *_milliseconds(r, 1),
                 f"{abs(spread - r['seconds']) / min(spread, r['seconds']):.0%}" if spread else "",
                 f"{r['of_e2e']:.2f}",
                 f"{r['speed_up']:.2f}x",
-                mib(r[kind]),
-                f"{r['memory_share']:.1%}",
+                *_memory(r, kind),
             ]
         )
     head = ["training", "ms a step", "range", "spread", "of e2e", "over plain PyTorch", f"{memory}, MiB", "of e2e"]
@@ -38,11 +46,9 @@ def processes_section(results: dict[str, Any], gpu: bool) -> str:
         [
             f"{r['network']}, {r['variant']}, {r['how']}",
             str(r["processes"]),
-            f"{1e3 * r['seconds']:,.1f}",
-            f"{1e3 * r['min_seconds']:,.1f} to {1e3 * r['max_seconds']:,.1f}",
+            *_milliseconds(r, 1),
             f"{r['of_e2e']:.2f}",
-            mib(r["saved_bytes"]),
-            f"{r['memory_share']:.1%}",
+            *_memory(r, "saved_bytes"),
         ]
         for r in rows
     ]
@@ -57,11 +63,9 @@ def dense_section(results: dict[str, Any], gpu: bool) -> str:
     lines = [
         [
             f"{r['task']}, {r['variant']}",
-            f"{1e3 * r['seconds']:,.0f}",
-            f"{1e3 * r['min_seconds']:,.0f} to {1e3 * r['max_seconds']:,.0f}",
+            *_milliseconds(r, 0),
             f"{r['of_e2e']:.2f}",
-            mib(r[kind]),
-            f"{r['memory_share']:.1%}",
+            *_memory(r, kind),
         ]
         for r in results["rows"]
     ]

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,10 +39,10 @@ def bench(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_operator_benchmarks_give_rows_with_floors_and_peers(tmp_path):
-    path = tmp_path / "rows.json"
+def run_quickly(path: Path, *words: str) -> tuple[dict[str, Any], str]:
+    """The JSON and the output of a benchmark in a process of its own, in its quick form."""
     done = subprocess.run(
-        [sys.executable, "-m", "manpp_kernels.cli", "bench", "--quick", "--json", str(path)],
+        [sys.executable, *words, "--json", str(path)],
         cwd=ROOT,
         env={**os.environ, **QUICK, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -50,7 +51,11 @@ def test_operator_benchmarks_give_rows_with_floors_and_peers(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    results = json.loads(path.read_text())
+    return json.loads(path.read_text()), done.stdout
+
+
+def test_operator_benchmarks_give_rows_with_floors_and_peers(tmp_path):
+    results, _ = run_quickly(tmp_path / "rows.json", "-m", "manpp_kernels.cli", "bench", "--quick")
     assert set(results) == {"environment", "floors", "rows"}
     assert results["floors"]["copy_gbytes_per_second"]
     assert {row["operator"] for row in results["rows"]} == {"ema_scale_update", "scale_bias_mix", "detach_copy"}
@@ -128,18 +133,9 @@ def test_a_variant_of_training_that_cannot_be_made_costs_the_others_nothing(benc
 
 
 def test_training_in_several_processes(tmp_path):
-    path = tmp_path / "processes.json"
-    done = subprocess.run(
-        [sys.executable, str(BENCH / "processes.py"), "--json", str(path)],
-        env={**os.environ, **QUICK, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = {(r["variant"], r["how"]): r for r in json.loads(path.read_text())["rows"]}
-    assert len(rows) == done.stdout.count("resnet20, ") == 9
+    results, out = run_quickly(tmp_path / "processes.json", str(BENCH / "processes.py"))
+    rows = {(r["variant"], r["how"]): r for r in results["rows"]}
+    assert len(rows) == out.count("resnet20, ") == 9
     assert {r["processes"] for r in rows.values()} == {1, min(4, max(2, os.cpu_count() or 1))}
     e2e = rows["e2e", "one process"]["saved_bytes"]
     assert rows["e2e", "data parallel"]["saved_bytes"] < 0.6 * e2e
