@@ -5,17 +5,7 @@
 #include <type_traits>
 
 #include "../multi_tensor.h"
-
-// One function body, compiled for two instruction sets; the loader picks the better one that the processor has. Not for
-// AVX-512: these loops wait for memory, and 512-bit vectors made them 8 to 21 % slower out of cache (AMD EPYC, Zen 4).
-#if defined(__x86_64__) && defined(__linux__) && (defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12)
-#define MANPP_SIMD __attribute__((target_clones("arch=x86-64-v3", "default")))
-// With AVX-512 as well: for loops that compute for longer than they wait.
-#define MANPP_SIMD_WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MANPP_SIMD
-#define MANPP_SIMD_WIDE
-#endif
+#include "simd.h"
 
 namespace manpp {
 
@@ -30,6 +20,11 @@ void load_block(DType type, const void* x, int64_t n, double* y);
 // The reverse, rounding to nearest.
 void store_block(DType type, const float* x, int64_t n, void* y);
 void store_block(DType type, const double* x, int64_t n, void* y);
+// The key of what is drawn for the elements from the given one on. For blocks that start at multiples of their length and
+// do not exceed kBlock, which divides 2^32: none straddles two keys.
+inline uint32_t random_key_at(int64_t seed, uint32_t tensor, int64_t element) {
+  return random_key(seed, tensor, static_cast<uint32_t>(element >> 32));
+}
 // Rounds float values in place to ones that bfloat16 or float16 represents, stochastically. `first` is the number of
 // the first element within its tensor.
 void round_block(DType type, float* x, int64_t n, int64_t seed, uint32_t tensor, int64_t first);
@@ -37,7 +32,7 @@ void round_block(DType type, float* x, int64_t n, int64_t seed, uint32_t tensor,
 // To nearest, even in a tie. The same bits as BFloat16's constructor, in fewer instructions: its branch for NaN (here a
 // mask, so that compilers do not see it) makes them convert the comparison to 16 bits as well.
 template <class T, class A>
-inline T nearest(A x) {
+MANPP_INLINE T nearest(A x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     constexpr uint32_t nan = 0x7FC00000u;
     uint32_t u = float_bits(static_cast<float>(x));

@@ -6,6 +6,7 @@
 #include "../ema_scale_update.h"
 #include "../table.h"
 #include "blocks.h"
+#include "loops.h"
 #include "memory.h"
 
 namespace manpp::cpu {
@@ -16,92 +17,113 @@ namespace {
 // costs nothing beside it.
 constexpr int64_t kChunk = 4096;
 
+// How many elements further on operands are fetched, see fetch().
+constexpr int64_t kAhead = 256;
+
 // In one pass, for EMAs stored as E and parameters (with bias and effective weights) as P. What the weights are mixed of
 // is the EMA as it is stored, rounded.
-#define MANPP_UPDATE_KERNELS(E, P, A)                                                                       \
-  MANPP_SIMD void ema_kernel(E* e, const P* p, int64_t n, A keep, A take) {                                 \
-    for (int64_t i = 0; i < n; ++i) {                                                                       \
-      e[i] = nearest<E>(ema_step(static_cast<A>(e[i]), static_cast<A>(p[i]), keep, take));                  \
-    }                                                                                                       \
-  }                                                                                                         \
-  MANPP_SIMD void ema_mix_kernel(                                                                           \
-      E* __restrict__ e, const P* p, const P* b, P* __restrict__ w, int64_t n, A keep, A take, A scale, A rest) { \
-    for (int64_t i = 0; i < n; ++i) {                                                                       \
-      E updated = nearest<E>(ema_step(static_cast<A>(e[i]), static_cast<A>(p[i]), keep, take));             \
-      e[i] = updated;                                                                                       \
-      w[i] = nearest<P>(scale_mix(static_cast<A>(b[i]), static_cast<A>(updated), scale, rest));             \
-    }                                                                                                       \
+template <class E, class P, class A>
+struct EmaLoop {
+  static constexpr bool computes = false;
+  static MANPP_INLINE void run(E* e, const P* p, int64_t n, A keep, A take) {
+    for (int64_t i = 0; i < n; ++i) {
+      e[i] = nearest<E>(ema_step(static_cast<A>(e[i]), static_cast<A>(p[i]), keep, take));
+    }
   }
+};
 
-MANPP_UPDATE_KERNELS(float, float, float)
-MANPP_UPDATE_KERNELS(float, BFloat16, float)
-MANPP_UPDATE_KERNELS(BFloat16, float, float)
-MANPP_UPDATE_KERNELS(BFloat16, BFloat16, float)
-MANPP_UPDATE_KERNELS(double, double, double)
-#undef MANPP_UPDATE_KERNELS
-
-#define MANPP_KERNELS(A)                                                                                     \
-  MANPP_SIMD void mix_kernel(A* __restrict__ w, const A* b, const A* e, int64_t n, A scale, A rest) {        \
-    for (int64_t i = 0; i < n; ++i) {                                                                        \
-      w[i] = scale_mix(b[i], e[i], scale, rest);                                                             \
-    }                                                                                                        \
-  }                                                                                                          \
-  MANPP_SIMD void scaled_kernel(const A* g, int64_t n, A scale, A* __restrict__ out) {                       \
-    for (int64_t i = 0; i < n; ++i) {                                                                        \
-      out[i] = scale * g[i];                                                                                 \
-    }                                                                                                        \
-  }                                                                                                          \
-  /* Sixteen running sums, so that the order of addition is fixed and still fills vector registers. */       \
-  MANPP_SIMD A share_kernel(const A* g, const A* b, const A* e, int64_t n) {                                 \
-    A sums[16] = {};                                                                                         \
-    int64_t i = 0;                                                                                           \
-    for (; i + 16 <= n; i += 16) {                                                                           \
-      for (int k = 0; k < 16; ++k) {                                                                         \
-        sums[k] += scale_grad(g[i + k], b[i + k], e[i + k]);                                                 \
-      }                                                                                                      \
-    }                                                                                                        \
-    A sum = 0;                                                                                               \
-    for (; i < n; ++i) {                                                                                     \
-      sum += scale_grad(g[i], b[i], e[i]);                                                                   \
-    }                                                                                                        \
-    for (int k = 0; k < 16; ++k) {                                                                           \
-      sum += sums[k];                                                                                        \
-    }                                                                                                        \
-    return sum;                                                                                              \
+template <class E, class P>
+struct EmaStochasticLoop {
+  static constexpr bool computes = true;
+  static MANPP_INLINE void run(E* e, const P* p, int64_t n, float keep, float take, uint32_t key, uint32_t first) {
+    for (int64_t i = 0; i < n; ++i) {
+      float updated = ema_step(static_cast<float>(e[i]), static_cast<float>(p[i]), keep, take);
+      e[i] = nearest<E>(round_stochastic<E>(updated, random_bits(key, first + static_cast<uint32_t>(i))));
+    }
   }
-
-MANPP_KERNELS(float)
-MANPP_KERNELS(double)
-#undef MANPP_KERNELS
+};
 
 template <class E, class P, class A>
-void update_in_one_pass(const Entry& t, int64_t begin, int64_t end, const Factors<A>& f, bool stream) {
-  E* e = static_cast<E*>(t.ema) + begin;
-  const P* p = static_cast<const P*>(t.param) + begin;
-  int64_t count = end - begin;
-  if (t.bias == nullptr) {
-    ema_kernel(e, p, count, f.keep, f.take);
+struct EmaMixLoop {
+  static constexpr bool computes = false;
+  static MANPP_INLINE void run(
+      E* __restrict__ e, const P* p, const P* b, P* __restrict__ w, int64_t n, A keep, A take, A scale, A rest) {
+    for (int64_t i = 0; i < n; ++i) {
+      E updated = nearest<E>(ema_step(static_cast<A>(e[i]), static_cast<A>(p[i]), keep, take));
+      e[i] = updated;
+      w[i] = nearest<P>(scale_mix(static_cast<A>(b[i]), static_cast<A>(updated), scale, rest));
+    }
+  }
+};
+
+// Elements begin to end - 1 of what an update reads. Where a line takes many instructions, as of 16-bit numbers, the
+// processor does not look far enough ahead by itself.
+MANPP_INLINE void fetch(const Entry& t, int64_t begin, int64_t end) {
+  if (begin < end) {
+    prefetch(at(t.ema, t.ema_type, begin), (end - begin) * element_size(t.ema_type));
+    prefetch(at(t.param, t.param_type, begin), (end - begin) * element_size(t.param_type));
+    if (t.bias != nullptr) {
+      prefetch(at(t.bias, t.bias_type, begin), (end - begin) * element_size(t.bias_type));
+    }
+  }
+}
+
+template <class E, class P, class A>
+void update_in_one_pass(
+    const Entry& t, int32_t, int64_t begin, int64_t end, const Factors<A>& f, const int64_t*, bool stream) {
+  E* e = static_cast<E*>(t.ema);
+  const P* p = static_cast<const P*>(t.param);
+  const P* b = static_cast<const P*>(t.bias);
+  P* w = static_cast<P*>(t.out);
+  constexpr bool narrow = sizeof(E) == 2 || sizeof(P) == 2;
+  auto mix = [&](int64_t i, int64_t n, P* to) {
+    if constexpr (narrow) {
+      fetch(t, i + n, std::min(end, i + 2 * n));
+    }
+    simd<EmaMixLoop<E, P, A>>(e + i, p + i, b + i, to, n, f.keep, f.take, f.scale, f.rest);
+  };
+  if (b != nullptr && stream) {
+    stream_blocks(w + begin, end - begin, [&](int64_t i, int64_t n, P* mixed) { mix(begin + i, n, mixed); });
     return;
   }
-  const P* b = static_cast<const P*>(t.bias) + begin;
-  P* w = static_cast<P*>(t.out) + begin;
-  if (!stream) {
-    ema_mix_kernel(e, p, b, w, count, f.keep, f.take, f.scale, f.rest);
-    return;
+  constexpr int64_t block = narrow ? kAhead : kChunk;
+  for (int64_t i = begin; i < end; i += block) {
+    int64_t n = std::min(block, end - i);
+    if (b != nullptr) {
+      mix(i, n, w + i);
+    } else {
+      if constexpr (narrow) {
+        fetch(t, i + n, std::min(end, i + 2 * n));
+      }
+      simd<EmaLoop<E, P, A>>(e + i, p + i, n, f.keep, f.take);
+    }
   }
-  alignas(64) P mixed[kBlock];
-  for (int64_t i = 0; i < count; i += kBlock) {
-    int64_t n = std::min(kBlock, count - i);
-    ema_mix_kernel(e + i, p + i, b + i, mixed, n, f.keep, f.take, f.scale, f.rest);
-    stream_bytes(mixed, n * sizeof(P), w + i);
+}
+
+// Without effective weights.
+template <class E, class P>
+void update_stochastically(
+    const Entry& t, int32_t index, int64_t begin, int64_t end, const Factors<float>& f, const int64_t* seed, bool) {
+  for (int64_t i = begin; i < end; i += kAhead) {
+    int64_t n = std::min(kAhead, end - i);
+    fetch(t, i + n, std::min(end, i + 2 * n));
+    simd<EmaStochasticLoop<E, P>>(
+        static_cast<E*>(t.ema) + i,
+        static_cast<const P*>(t.param) + i,
+        n,
+        f.keep,
+        f.take,
+        random_key_at(*seed, index, i),
+        static_cast<uint32_t>(i));
   }
 }
 
 template <class A>
-using Pass = void (*)(const Entry&, int64_t begin, int64_t end, const Factors<A>&, bool stream);
+using Pass = void (*)(
+    const Entry&, int32_t index, int64_t begin, int64_t end, const Factors<A>&, const int64_t* seed, bool stream);
 
-// Null for what goes block by block: stochastic rounding, float16 (loops over which are not vectorised, see blocks.cpp)
-// and rare mixtures.
+// Null for what goes block by block: stochastic rounding with effective weights, float16 (loops over which are not
+// vectorised, see blocks.cpp) and rare mixtures.
 template <class A>
 Pass<A> one_pass(const Entry& t, bool stochastic) {
   auto is = [&](DType ema, DType param) {
@@ -114,6 +136,8 @@ Pass<A> one_pass(const Entry& t, bool stochastic) {
         : is(DType::f32, DType::bf16) ? update_in_one_pass<float, BFloat16, float>
         : !stochastic && is(DType::bf16, DType::f32) ? update_in_one_pass<BFloat16, float, float>
         : !stochastic && is(DType::bf16, DType::bf16) ? update_in_one_pass<BFloat16, BFloat16, float>
+        : t.bias == nullptr && is(DType::bf16, DType::f32) ? update_stochastically<BFloat16, float>
+        : t.bias == nullptr && is(DType::bf16, DType::bf16) ? update_stochastically<BFloat16, BFloat16>
         : nullptr;
   }
 }
@@ -122,7 +146,7 @@ template <class A>
 void update_range(
     const Entry& t, int32_t index, int64_t begin, int64_t end, const Factors<A>& f, const int64_t* seed, bool stream) {
   if (Pass<A> pass = one_pass<A>(t, seed != nullptr)) {
-    pass(t, begin, end, f, stream);
+    pass(t, index, begin, end, f, seed, stream);
     return;
   }
   alignas(64) A ema_buffer[kBlock];
@@ -131,9 +155,10 @@ void update_range(
   for (int64_t i = begin; i < end; i += kBlock) {
     int64_t n = std::min(kBlock, end - i);
     void* ema = at(t.ema, t.ema_type, i);
+    fetch(t, i + n, std::min(end, i + 2 * n));
     load_block(t.ema_type, ema, n, ema_buffer);
     const A* p = readable(t.param_type, at(t.param, t.param_type, i), n, buffer);
-    ema_kernel(ema_buffer, p, n, f.keep, f.take);
+    simd<EmaLoop<A, A, A>>(ema_buffer, p, n, f.keep, f.take);
     if constexpr (sizeof(A) == 4) {
       if (seed != nullptr && element_size(t.ema_type) == 2) {
         round_block(t.ema_type, ema_buffer, n, *seed, static_cast<uint32_t>(index), i);
@@ -149,7 +174,7 @@ void update_range(
     if (t.bias != nullptr) {
       const A* stored = readable(t.ema_type, ema, n, ema_buffer); // the EMA as stored, rounded
       const A* b = readable(t.bias_type, at(t.bias, t.bias_type, i), n, buffer);
-      mix_kernel(mixed, b, stored, n, f.scale, f.rest);
+      simd<MixLoop<A, A>>(b, stored, n, f.scale, f.rest, mixed);
       store_block(t.bias_type, mixed, n, at(t.out, t.bias_type, i));
     }
   }
@@ -250,14 +275,14 @@ double backward_range(const Entry& t, int64_t begin, int64_t end, A scale) {
     if (t.bias != nullptr) {
       const A* b = readable(t.bias_type, at(t.bias, t.bias_type, i), n, buffer);
       const A* e = readable(t.ema_type, at(t.ema, t.ema_type, i), n, ema_buffer);
-      share += static_cast<double>(share_kernel(g, b, e, n));
+      share += static_cast<double>(simd<ShareLoop<A, A>>(g, b, e, n));
     }
     if (t.out != nullptr) {
       void* out = at(t.out, t.bias_type, i);
       if (t.bias_type == dtype_for<A>()) {
-        scaled_kernel(g, n, scale, static_cast<A*>(out));
+        simd<ScaledLoop<A, A>>(g, n, scale, static_cast<A*>(out));
       } else {
-        scaled_kernel(g, n, scale, buffer);
+        simd<ScaledLoop<A, A>>(g, n, scale, buffer);
         store_block(t.bias_type, buffer, n, out);
       }
     }

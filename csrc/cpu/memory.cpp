@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "simd.h"
+
 #if defined(__SSE2__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -12,21 +14,53 @@
 
 namespace manpp {
 
-void stream_bytes(const void* x, int64_t bytes, void* y) {
-  const char* from = static_cast<const char*>(x);
-  char* to = static_cast<char*>(y);
+namespace {
+
+constexpr int64_t kLine = 64;
+
+#if defined(MANPP_X86)
+MANPP_AVX512 void stream_lines_avx512(const char* from, int64_t bytes, char* to) {
+  for (int64_t i = 0; i < bytes; i += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+  }
+}
+
+MANPP_AVX2 void stream_lines_avx2(const char* from, int64_t bytes, char* to) {
+  for (int64_t i = 0; i < bytes; i += 32) {
+    _mm256_stream_si256(
+        reinterpret_cast<__m256i*>(to + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+  }
+}
+#endif
+
+void stream_lines(const char* from, int64_t bytes, char* to) {
+#if defined(MANPP_X86)
+  Vectors vectors = vectors_for(false);
+  if (vectors != Vectors::plain) {
+    (vectors == Vectors::avx512 ? stream_lines_avx512 : stream_lines_avx2)(from, bytes, to);
+    return;
+  }
+#endif
 #if defined(__SSE2__)
-  int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 15);
-  std::memcpy(to, from, head);
-  int64_t i = head;
-  for (; i + 16 <= bytes; i += 16) {
+  for (int64_t i = 0; i < bytes; i += 16) {
     _mm_stream_si128(
         reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
   }
-  std::memcpy(to + i, from + i, bytes - i);
 #else
   std::memcpy(to, from, bytes);
 #endif
+}
+
+} // namespace
+
+void stream_bytes(const void* x, int64_t bytes, void* y) {
+  const char* from = static_cast<const char*>(x);
+  char* to = static_cast<char*>(y);
+  int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & (kLine - 1));
+  int64_t lines = (bytes - head) / kLine * kLine;
+  std::memcpy(to, from, head);
+  stream_lines(from + head, lines, to + head);
+  std::memcpy(to + head + lines, from + head + lines, bytes - head - lines);
 }
 
 void stream_fence() {

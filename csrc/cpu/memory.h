@@ -1,14 +1,47 @@
 // How results too large for the caches, or in memory that is new, get written.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+
+#include "simd.h"
 
 namespace manpp {
 
-// Copies with 16-byte stores that go past the caches, whatever the alignment: for results too large to be found there
-// later, whose lines would otherwise be fetched to be overwritten. Follow the last with stream_fence().
+// Into the second-level cache, as what is worked on meanwhile may fill the first. Inlined by force, and so has to be what
+// calls it: GCC drops calls of a function that does nothing but prefetch.
+MANPP_INLINE void prefetch_line(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
+MANPP_INLINE void prefetch(const void* x, int64_t bytes) {
+  for (int64_t offset = 0; offset < bytes; offset += 64) {
+    prefetch_line(static_cast<const char*>(x) + offset);
+  }
+}
+
+// Copies with stores that go past the caches, whatever the alignment: for results too large to be found there later,
+// whose lines would otherwise be fetched to be overwritten. Follow the last with stream_fence().
 void stream_bytes(const void* x, int64_t bytes, void* y);
 void stream_fence();
+
+// Writes n elements so, in blocks of a few whole lines: calls write(first element, elements, where to) for each. Small
+// ones, as stores past the caches in a row hold up the loads between them.
+template <class T, class Write>
+void stream_blocks(T* y, int64_t n, const Write& write) {
+  constexpr int64_t line = 64 / sizeof(T);
+  constexpr int64_t block = 8 * line;
+  alignas(64) T buffer[block];
+  int64_t to_line = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(y) / sizeof(T)) & (line - 1);
+  for (int64_t i = 0, m = std::min(n, to_line == 0 ? block : to_line); i < n; i += m, m = std::min(block, n - i)) {
+    write(i, m, buffer);
+    stream_bytes(buffer, m * sizeof(T), y + i);
+  }
+}
 
 // Results of more bytes than this are streamed: with the operands of the same launch they exceed the last-level cache of
 // today's processors several times over. (What the system says of that cache is often another machine's.)

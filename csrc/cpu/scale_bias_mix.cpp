@@ -5,6 +5,7 @@
 
 #include "../mix_tensors.h"
 #include "blocks.h"
+#include "loops.h"
 #include "memory.h"
 
 namespace manpp::cpu {
@@ -14,58 +15,16 @@ namespace {
 // Length of the rows that a tensor with one scale for all of it is cut into.
 constexpr int64_t kRow = 4096;
 
-// T is what is stored, A what is computed in, SIMD for which instruction sets: conversions of bfloat16 compute for longer
-// than they wait. `Factor` is a scalar for elements of one channel, an array for pixels of a channels_last tensor, whose
-// elements are of one channel after the other.
-#define MANPP_MIX_KERNELS(SIMD, T, A, name, Factor, S, R)                                          \
-  SIMD void mix_##name(const T* a, const T* b, int64_t n, Factor s, Factor r, T* __restrict__ y) { \
-    for (int64_t i = 0; i < n; ++i) {                                                              \
-      y[i] = nearest<T>(scale_mix(static_cast<A>(a[i]), static_cast<A>(b[i]), S, R));              \
-    }                                                                                              \
-  }                                                                                                \
-  SIMD void scaled_##name(const T* g, int64_t n, Factor s, T* __restrict__ y) {                    \
-    for (int64_t i = 0; i < n; ++i) {                                                              \
-      y[i] = nearest<T>(S * static_cast<A>(g[i]));                                                 \
-    }                                                                                              \
+// Of pixels of a channels_last tensor, whose elements are of one channel after the other, each with a sum of its own.
+template <class T, class A>
+struct SharePixelsLoop {
+  static constexpr bool computes = std::is_same_v<T, BFloat16>;
+  static MANPP_INLINE void run(const T* g, const T* a, const T* b, int64_t n, A* __restrict__ sums) {
+    for (int64_t i = 0; i < n; ++i) {
+      sums[i] += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));
+    }
   }
-
-// Sixteen running sums: a fixed order of addition that still fills vector registers.
-#define MANPP_SHARE_KERNELS(SIMD, T, A)                                                                      \
-  SIMD A share_row(const T* g, const T* a, const T* b, int64_t n) {                                          \
-    A sums[16] = {};                                                                                         \
-    int64_t i = 0;                                                                                           \
-    for (; i + 16 <= n; i += 16) {                                                                           \
-      for (int k = 0; k < 16; ++k) {                                                                         \
-        sums[k] += scale_grad(static_cast<A>(g[i + k]), static_cast<A>(a[i + k]), static_cast<A>(b[i + k])); \
-      }                                                                                                      \
-    }                                                                                                        \
-    A sum = 0;                                                                                               \
-    for (; i < n; ++i) {                                                                                     \
-      sum += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));                   \
-    }                                                                                                        \
-    for (int k = 0; k < 16; ++k) {                                                                           \
-      sum += sums[k];                                                                                        \
-    }                                                                                                        \
-    return sum;                                                                                              \
-  }                                                                                                          \
-  SIMD void share_pixels(const T* g, const T* a, const T* b, int64_t n, A* __restrict__ sums) {              \
-    for (int64_t i = 0; i < n; ++i) {                                                                        \
-      sums[i] += scale_grad(static_cast<A>(g[i]), static_cast<A>(a[i]), static_cast<A>(b[i]));               \
-    }                                                                                                        \
-  }
-
-#define MANPP_ALL_KERNELS(SIMD, T, A)                         \
-  MANPP_MIX_KERNELS(SIMD, T, A, row, A, s, r)                 \
-  MANPP_MIX_KERNELS(SIMD, T, A, pixels, const A*, s[i], r[i]) \
-  MANPP_SHARE_KERNELS(SIMD, T, A)
-
-MANPP_ALL_KERNELS(MANPP_SIMD, float, float)
-MANPP_ALL_KERNELS(MANPP_SIMD, double, double)
-MANPP_ALL_KERNELS(MANPP_SIMD_WIDE, BFloat16, float)
-MANPP_ALL_KERNELS(MANPP_SIMD, Half, float)
-#undef MANPP_ALL_KERNELS
-#undef MANPP_SHARE_KERNELS
-#undef MANPP_MIX_KERNELS
+};
 
 template <class T>
 using Arithmetic = std::conditional_t<sizeof(T) == 8, double, float>;
@@ -141,6 +100,7 @@ struct Output {
 
 template <class T>
 void mix_rows(const Rows& rows, const void* lb, const void* ema, void* result, const Scales<Arithmetic<T>>& f) {
+  using A = Arithmetic<T>;
   const T* a = static_cast<const T*>(lb);
   const T* b = static_cast<const T*>(ema);
   Output<T> out(result, rows.numel, 1);
@@ -149,9 +109,9 @@ void mix_rows(const Rows& rows, const void* lb, const void* ema, void* result, c
       rows.pieces(row, [&](int64_t i, int64_t n, int64_t c) {
         out.put(i, n, [&](T* y) {
           if (rows.pixels) {
-            mix_pixels(a + i, b + i, n, f.scale.data() + c, f.rest.data() + c, y);
+            simd<MixLoop<T, A>>(a + i, b + i, n, f.scale.data() + c, f.rest.data() + c, y);
           } else {
-            mix_row(a + i, b + i, n, f.scale[c], f.rest[c], y);
+            simd<MixLoop<T, A>>(a + i, b + i, n, f.scale[c], f.rest[c], y);
           }
         });
       });
@@ -191,14 +151,14 @@ std::vector<double> backward_rows(const Rows& rows, const Gradients& t, const Sc
       for (int64_t row = slot * stretch; row < std::min(rows.count, (slot + 1) * stretch); ++row) {
         rows.pieces(row, [&](int64_t i, int64_t n, int64_t c) {
           if (a != nullptr && rows.pixels) {
-            share_pixels(g + i, a + i, b + i, n, sums.data() + c);
+            simd<SharePixelsLoop<T, A>>(g + i, a + i, b + i, n, sums.data() + c);
           } else if (a != nullptr) {
-            *share += share_row(g + i, a + i, b + i, n);
+            *share += simd<ShareLoop<T, A>>(g + i, a + i, b + i, n);
           }
           for (const auto& [out, factors] : outs) {
             if (out.data != nullptr) {
               out.put(i, n, [&, from = factors->data() + c](T* y) {
-                rows.pixels ? scaled_pixels(g + i, n, from, y) : scaled_row(g + i, n, *from, y);
+                rows.pixels ? simd<ScaledLoop<T, A>>(g + i, n, from, y) : simd<ScaledLoop<T, A>>(g + i, n, *from, y);
               });
             }
           }

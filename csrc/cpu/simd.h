@@ -1,0 +1,54 @@
+// Loops over elements, compiled for several instruction sets, of which the one that suits the processor runs.
+//
+// A loop is a struct with a static function `run`, inlined into a copy for each set, and `computes`: whether it computes
+// for longer than it waits for memory.
+#pragma once
+
+#if defined(__GNUC__)
+#define MANPP_INLINE inline __attribute__((always_inline))
+#else
+#define MANPP_INLINE inline
+#endif
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define MANPP_X86
+#define MANPP_AVX2 __attribute__((target("arch=x86-64-v3")))
+#define MANPP_AVX512 __attribute__((target("arch=x86-64-v4")))
+#endif
+
+namespace manpp {
+
+enum class Vectors { plain, avx2, avx512 };
+
+// The choice for a loop that waits or computes, made once; PyTorch's own ATEN_CPU_CAPABILITY (default, avx2, avx512)
+// overrules it.
+Vectors vectors_for(bool computes);
+
+#if defined(MANPP_X86)
+template <class Loop, class... Args>
+MANPP_AVX512 auto run_avx512(Args... args) {
+  return Loop::run(args...);
+}
+
+template <class Loop, class... Args>
+MANPP_AVX2 auto run_avx2(Args... args) {
+  return Loop::run(args...);
+}
+#endif
+
+template <class Loop, class... Args>
+auto simd(Args... args) {
+#if defined(MANPP_X86)
+  switch (vectors_for(Loop::computes)) {
+    case Vectors::avx512:
+      return run_avx512<Loop>(args...);
+    case Vectors::avx2:
+      return run_avx2<Loop>(args...);
+    case Vectors::plain:
+      break;
+  }
+#endif
+  return Loop::run(args...);
+}
+
+} // namespace manpp
