@@ -1,4 +1,4 @@
-// detach_copy on the CPU: a change of memory format, and a cast with it, in one pass.
+// detach_copy on the CPU: a cast, a change of memory format, or both in one pass.
 #include <algorithm>
 #include <cstring>
 
@@ -23,9 +23,9 @@ struct TileShape {
   int64_t width;
 };
 
-inline TileShape tile_shape(DType read, int64_t rows, int64_t columns) {
-  int64_t area = kTileBytes / element_size(read);
-  int64_t width = std::min(kRowBytes / element_size(read), columns);
+inline TileShape tile_shape(DType crossing, int64_t rows, int64_t columns) {
+  int64_t area = kTileBytes / element_size(crossing);
+  int64_t width = std::min(kRowBytes / element_size(crossing), columns);
   int64_t height = std::min(kHeight, rows);
   if (height < kHeight) {
     width = std::min(area / height, columns);
@@ -40,19 +40,6 @@ inline TileShape tile_shape(DType read, int64_t rows, int64_t columns) {
 #define MANPP_SHUFFLE __builtin_shufflevector
 #endif
 #endif
-
-// Into the second-level cache: two tiles and what is fetched of the next would not fit the first.
-#if defined(__GNUC__)
-#define MANPP_PREFETCH(p) __builtin_prefetch(p, 0, 2)
-#else
-#define MANPP_PREFETCH(p) (void)(p)
-#endif
-
-void prefetch(const void* x, int64_t bytes) {
-  for (int64_t offset = 0; offset < bytes; offset += 64) {
-    MANPP_PREFETCH(static_cast<const char*>(x) + offset);
-  }
-}
 
 // The part of a transposition that begins at `row` and `column`, element by element.
 template <class Bits>
@@ -90,7 +77,7 @@ void transpose_bits(
       Vector w[side];
       if (ahead != 0 && j % line == 0) {
         for (int64_t k = 0; k < side; ++k) {
-          MANPP_PREFETCH(x + (i + k) * from + j + ahead);
+          prefetch_line(x + (i + k) * from + j + ahead);
         }
       }
       for (int64_t k = 0; k < side; ++k) {
@@ -171,6 +158,14 @@ void transpose_tile(
   alignas(64) unsigned char narrow[kTileBytes];
   int64_t stride = columns;
   DType crossing = c.from;
+  bool together = tile.height == rows;
+  if (!c.stream) { // the lines to be written arrive while elements cross
+    int64_t runs = together ? 1 : tile.width;
+    int64_t bytes = tile.height * (together ? tile.width : 1) * element_size(c.to);
+    for (int64_t j = 0; j < runs; ++j) {
+      prefetch(at(y, c.to, j * rows), bytes);
+    }
+  }
   if (c.from != c.to && c.to != DType::f32) {
     // Rows that follow one another without a gap are one long row.
     bool joined = tile.width == columns;
@@ -189,7 +184,6 @@ void transpose_tile(
     crossing = c.to;
     ahead = 0;
   }
-  bool together = tile.height == rows;
   bool direct = together && crossing == c.to && !c.stream;
   void* to = direct ? y : crossed;
   auto cross = [&](const auto* from, auto* result) {
@@ -212,8 +206,26 @@ void transpose_tile(
   }
 }
 
+// Elements that stay in their order.
+void cast(const Copy& c, int64_t count) {
+  torch::stable::parallel_for(0, (count + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t begin, int64_t end) {
+    int64_t stop = std::min(count, end * kBlock);
+    for (int64_t i = begin * kBlock; i < stop; i += kBlock) {
+      int64_t n = std::min(kBlock, stop - i);
+      int64_t next = std::min(kBlock, stop - i - n);
+      prefetch(at(c.x, c.from, i + n), next * element_size(c.from));
+      if (!c.stream) {
+        prefetch(at(c.y, c.to, i + n), next * element_size(c.to));
+      }
+      write(c, c.from, at(c.x, c.from, i), n, at(c.y, c.to, i));
+    }
+    stream_fence();
+  });
+}
+
 void transpose(const Copy& c, int64_t batch, int64_t rows, int64_t columns) {
-  TileShape most = tile_shape(c.from, rows, columns);
+  // By the type in which elements cross, so that what is written comes in runs as long as what is read.
+  TileShape most = tile_shape(element_size(c.to) < element_size(c.from) ? c.to : c.from, rows, columns);
   int64_t down = (rows + most.height - 1) / most.height;
   int64_t across = (columns + most.width - 1) / most.width;
   struct Place {
@@ -248,14 +260,19 @@ void detach_copy(Tensor x, Tensor out) {
     expect_writes(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   }
   CopyKind kind = classify_copy(x, out);
-  if (kind.how != CopyKind::Transpose) {
-    copy(out, x); // PyTorch's own is at the speed of the memory, but for transpositions
+  // PyTorch's own copy is at the speed of the memory, but for transpositions and most casts.
+  if (kind.how == CopyKind::Other || (kind.how == CopyKind::Cast && dtype_of(out) == DType::f16)) {
+    copy(out, x);
     return;
   }
   Copy c{dtype_of(x), dtype_of(out), x.data_ptr(), out.data_ptr(), false};
   c.stream = out.numel() * element_size(c.to) > kStreamBytes;
-  const Transposition& t = kind.transposition;
-  transpose(c, t.batch, t.rows, t.columns);
+  if (kind.how == CopyKind::Cast) {
+    cast(c, out.numel());
+  } else {
+    const Transposition& t = kind.transposition;
+    transpose(c, t.batch, t.rows, t.columns);
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m) {
