@@ -35,9 +35,8 @@ MANPP_AVX2 void stream_lines_avx2(const char* from, int64_t bytes, char* to) {
 
 void stream_lines(const char* from, int64_t bytes, char* to) {
 #if defined(MANPP_X86)
-  Vectors vectors = vectors_for(false);
-  if (vectors != Vectors::plain) {
-    (vectors == Vectors::avx512 ? stream_lines_avx512 : stream_lines_avx2)(from, bytes, to);
+  if (kVectors.waiting != Vectors::plain) {
+    (kVectors.waiting == Vectors::avx512 ? stream_lines_avx512 : stream_lines_avx2)(from, bytes, to);
     return;
   }
 #endif

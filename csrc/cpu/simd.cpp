@@ -7,13 +7,8 @@ namespace manpp {
 
 namespace {
 
-struct Choice {
-  Vectors waiting = Vectors::plain;
-  Vectors computing = Vectors::plain;
-};
-
-Choice choose() {
-  Choice choice;
+VectorsFor choose() {
+  VectorsFor choice;
 #if defined(MANPP_X86)
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
   std::string_view asked = variable == nullptr ? "" : variable;
@@ -36,9 +31,6 @@ Choice choose() {
 
 } // namespace
 
-Vectors vectors_for(bool computes) {
-  static const Choice choice = choose();
-  return computes ? choice.computing : choice.waiting;
-}
+const VectorsFor kVectors = choose();
 
 } // namespace manpp

@@ -20,9 +20,13 @@ namespace manpp {
 
 enum class Vectors { plain, avx2, avx512 };
 
-// The choice for a loop that waits or computes, made once; PyTorch's own ATEN_CPU_CAPABILITY (default, avx2, avx512)
-// overrules it.
-Vectors vectors_for(bool computes);
+// The choice for loops that wait and for those that compute, made when the library is loaded; PyTorch's own
+// ATEN_CPU_CAPABILITY (default, avx2, avx512) overrules it.
+struct VectorsFor {
+  Vectors waiting = Vectors::plain;
+  Vectors computing = Vectors::plain;
+};
+extern const VectorsFor kVectors;
 
 #if defined(MANPP_X86)
 template <class Loop, class... Args>
@@ -39,7 +43,7 @@ MANPP_AVX2 auto run_avx2(Args... args) {
 template <class Loop, class... Args>
 auto simd(Args... args) {
 #if defined(MANPP_X86)
-  switch (vectors_for(Loop::computes)) {
+  switch (Loop::computes ? kVectors.computing : kVectors.waiting) {
     case Vectors::avx512:
       return run_avx512<Loop>(args...);
     case Vectors::avx2:
