@@ -20,7 +20,7 @@ VectorsFor choose() {
     return choice;
   }
   choice.computing = Vectors::avx512;
-  // Loops that wait for memory were 8 to 21 % slower with 512-bit vectors on AMD's Zen 4. On Intel's Sapphire Rapids those
+  // Loops that wait for memory were 8 to 21 % slower with 512-bit vectors on AMD's Zen 4. On an Intel Xeon with AMX those
   // over bfloat16 took 3 to 11 % less with them, the others up to 5 % less.
   if (asked == "avx512" || (__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bf16"))) {
     choice.waiting = Vectors::avx512;
