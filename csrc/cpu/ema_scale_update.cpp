@@ -56,15 +56,14 @@ struct EmaMixLoop {
   }
 };
 
-// Elements begin to end - 1 of what an update reads. Where a line takes many instructions, as of 16-bit numbers, the
-// processor does not look far enough ahead by itself.
-MANPP_INLINE void fetch(const Entry& t, int64_t begin, int64_t end) {
-  if (begin < end) {
-    prefetch(at(t.ema, t.ema_type, begin), (end - begin) * element_size(t.ema_type));
-    prefetch(at(t.param, t.param_type, begin), (end - begin) * element_size(t.param_type));
-    if (t.bias != nullptr) {
-      prefetch(at(t.bias, t.bias_type, begin), (end - begin) * element_size(t.bias_type));
-    }
+// What an update reads of the n elements from `begin` on, as far as they go: the block after the one that is worked on.
+// Where a line takes many instructions, as of 16-bit numbers, the processor does not look far enough ahead by itself.
+MANPP_INLINE void fetch(const Entry& t, int64_t begin, int64_t n, int64_t end) {
+  n = std::min(n, end - begin);
+  prefetch(at(t.ema, t.ema_type, begin), n * element_size(t.ema_type));
+  prefetch(at(t.param, t.param_type, begin), n * element_size(t.param_type));
+  if (t.bias != nullptr) {
+    prefetch(at(t.bias, t.bias_type, begin), n * element_size(t.bias_type));
   }
 }
 
@@ -78,7 +77,7 @@ void update_in_one_pass(
   constexpr bool narrow = sizeof(E) == 2 || sizeof(P) == 2;
   auto mix = [&](int64_t i, int64_t n, P* to) {
     if constexpr (narrow) {
-      fetch(t, i + n, std::min(end, i + 2 * n));
+      fetch(t, i + n, n, end);
     }
     simd<EmaMixLoop<E, P, A>>(e + i, p + i, b + i, to, n, f.keep, f.take, f.scale, f.rest);
   };
@@ -93,7 +92,7 @@ void update_in_one_pass(
       mix(i, n, w + i);
     } else {
       if constexpr (narrow) {
-        fetch(t, i + n, std::min(end, i + 2 * n));
+        fetch(t, i + n, n, end);
       }
       simd<EmaLoop<E, P, A>>(e + i, p + i, n, f.keep, f.take);
     }
@@ -106,7 +105,7 @@ void update_stochastically(
     const Entry& t, int32_t index, int64_t begin, int64_t end, const Factors<float>& f, const int64_t* seed, bool) {
   for (int64_t i = begin; i < end; i += kAhead) {
     int64_t n = std::min(kAhead, end - i);
-    fetch(t, i + n, std::min(end, i + 2 * n));
+    fetch(t, i + n, n, end);
     simd<EmaStochasticLoop<E, P>>(
         static_cast<E*>(t.ema) + i,
         static_cast<const P*>(t.param) + i,
@@ -155,7 +154,7 @@ void update_range(
   for (int64_t i = begin; i < end; i += kBlock) {
     int64_t n = std::min(kBlock, end - i);
     void* ema = at(t.ema, t.ema_type, i);
-    fetch(t, i + n, std::min(end, i + 2 * n));
+    fetch(t, i + n, n, end);
     load_block(t.ema_type, ema, n, ema_buffer);
     const A* p = readable(t.param_type, at(t.param, t.param_type, i), n, buffer);
     simd<EmaLoop<A, A, A>>(ema_buffer, p, n, f.keep, f.take);

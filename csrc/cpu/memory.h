@@ -1,4 +1,4 @@
-// How results too large for the caches, or in memory that is new, get written.
+// How memory is fetched ahead, and how results too large for the caches, or in memory that is new, get written.
 #pragma once
 
 #include <algorithm>
@@ -11,11 +11,7 @@ namespace manpp {
 // Into the second-level cache, as what is worked on meanwhile may fill the first. Inlined by force, and so has to be what
 // calls it: GCC drops calls of a function that does nothing but prefetch.
 MANPP_INLINE void prefetch_line(const void* p) {
-#if defined(__GNUC__)
   __builtin_prefetch(p, 0, 2);
-#else
-  (void)p;
-#endif
 }
 
 MANPP_INLINE void prefetch(const void* x, int64_t bytes) {

@@ -4,13 +4,9 @@
 // for longer than it waits for memory.
 #pragma once
 
-#if defined(__GNUC__)
 #define MANPP_INLINE inline __attribute__((always_inline))
-#else
-#define MANPP_INLINE inline
-#endif
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define MANPP_X86
 #define MANPP_AVX2 __attribute__((target("arch=x86-64-v3")))
 #define MANPP_AVX512 __attribute__((target("arch=x86-64-v4")))
