@@ -393,6 +393,7 @@ class TestBench:
         (tmp_path / "bench").mkdir()
         (tmp_path / "bench" / "bench_nothing.py").write_text("def test_pass(benchmark):\n    benchmark(int)\n")
         monkeypatch.setattr(bench, "bench_folder", lambda: tmp_path / "bench")
+        monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # nothing is timed in a worker
         return tmp_path
 
     def test_runs_and_writes_json(self, checkout: Path) -> None:
