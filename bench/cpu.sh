@@ -5,6 +5,8 @@
 #
 # For figures worth keeping the machine has to have nothing else to do. About half an hour on two cores. --quick tries
 # everything out in a minute or two and writes to ./out.
+#   PYTHON       the interpreter (python3)
+#   MANPP_DATA   the folder of Fashion-MNIST's files, where they are not installed
 set -eu -o pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -20,10 +22,12 @@ if [ -z "$OUT" ]; then
   [ ${#QUICK[@]} -gt 0 ] || OUT=bench/results/$("$PYTHON" -c 'import sys; sys.path.insert(0, "bench"); import common; print(common.device_name())')
 fi
 mkdir -p "$OUT"
+# First what needs files, so that a lack of them shows at once.
+"$PYTHON" bench/fashion_mnist.py --json "$OUT/fashion_mnist.json" ${MANPP_DATA:+--data-root "$MANPP_DATA"}
 for name in ema_scale_update scale_bias_mix detach_copy; do
   "$PYTHON" -m manpp_kernels.cli bench "$name" --json "$OUT/$name.json" "${QUICK[@]}"
 done
-for name in host_cost training processes dense fashion_mnist; do
+for name in host_cost training processes dense; do
   "$PYTHON" "bench/$name.py" --json "$OUT/$name.json"
 done
 "$PYTHON" bench/report.py --summary "$OUT"
