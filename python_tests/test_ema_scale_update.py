@@ -219,8 +219,8 @@ def test_interleaved_columns_of_one_matrix(target: Target) -> None:
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0].backend != "eager"], indirect=True)
-@pytest.mark.parametrize("ema_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ema_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_effective_weights_too_large_for_the_caches(target: Target, ema_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """More than 32 MB of weights, which the CPU's kernel writes otherwise; eager has one way for all."""
     sizes = (0, (33 << 20) // dtype.itemsize, 1, 1049)

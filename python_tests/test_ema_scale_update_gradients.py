@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Target
+from conftest import TARGETS, Target
 from reference import (
     DTYPES,
     LAYOUTS,
@@ -80,6 +80,27 @@ def test_tensors_of_several_chunks_in_several_groups(target: Target, dtype: torc
         sums[groups[i]] += terms.sum()
         magnitudes[groups[i]] += terms.abs().sum()
     assert_close(got_scale, sums, magnitudes, ops=sum_ops(sum(sizes)), arithmetic=arithmetic, what="grad of scale")
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.values[0].backend != "eager"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wanted", ["scale and bias", "bias"])
+def test_too_large_for_the_caches(target: Target, dtype: torch.dtype, wanted: str) -> None:
+    """More than 32 MB of gradients, which the CPU's kernel writes otherwise; eager has one way for all."""
+    sizes = (0, (33 << 20) // dtype.itemsize, 1, 1049)
+    ema, params, bias, grads = ([torch.randn(n, dtype=dtype, device=target.device) for n in sizes] for _ in range(4))
+    scale = torch.tensor(0.5, device=target.device, requires_grad=wanted != "bias")
+    bias = [b.requires_grad_() for b in bias]
+    weights = ema_scale_update(ema, params, 0.75, scale=scale, bias=bias)
+    got = torch.autograd.grad(weights, [scale, *bias] if scale.requires_grad else bias, grads)
+    assert all(torch.equal(found, grad / 2) for found, grad in zip(got[-len(grads) :], grads, strict=True))
+    if scale.requires_grad:
+        terms = torch.cat(
+            [g.double() * (b.detach().double() - e.double()) for g, b, e in zip(grads, bias, ema, strict=True)]
+        )
+        assert_close(
+            got[0], terms.sum(), terms.abs().sum(), ops=sum_ops(sum(sizes)), arithmetic=torch.float32, what="scale"
+        )
 
 
 @pytest.mark.parametrize("way", ["operator", "plan"])

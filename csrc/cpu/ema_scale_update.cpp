@@ -60,11 +60,25 @@ struct EmaMixLoop {
 // Where a line takes many instructions, as of 16-bit numbers, the processor does not look far enough ahead by itself.
 MANPP_INLINE void fetch(const Entry& t, int64_t begin, int64_t n, int64_t end) {
   n = std::min(n, end - begin);
-  prefetch(at(t.ema, t.ema_type, begin), n * element_size(t.ema_type));
   prefetch(at(t.param, t.param_type, begin), n * element_size(t.param_type));
+  if (t.ema != nullptr) { // as in a backward pass without the gradient of scale
+    prefetch(at(t.ema, t.ema_type, begin), n * element_size(t.ema_type));
+  }
   if (t.bias != nullptr) {
     prefetch(at(t.bias, t.bias_type, begin), n * element_size(t.bias_type));
   }
+}
+
+// Writes up to kAhead elements of a result by write(where to), past the caches if `stream`.
+template <class Write>
+void write_block(DType type, void* out, int64_t n, bool stream, const Write& write) {
+  if (!stream) {
+    write(out);
+    return;
+  }
+  alignas(64) char lines[kAhead * sizeof(double)];
+  write(lines);
+  stream_bytes(lines, n * element_size(type), out);
 }
 
 template <class E, class P, class A>
@@ -151,8 +165,10 @@ void update_range(
   alignas(64) A ema_buffer[kBlock];
   alignas(64) A buffer[kBlock];
   alignas(64) A mixed[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    int64_t n = std::min(kBlock, end - i);
+  // The more there is to do for an element, the fewer of them take as long as memory does.
+  const int64_t block = t.bias != nullptr || seed != nullptr ? kAhead : 2 * kAhead;
+  for (int64_t i = begin; i < end; i += block) {
+    int64_t n = std::min(block, end - i);
     void* ema = at(t.ema, t.ema_type, i);
     fetch(t, i + n, n, end);
     load_block(t.ema_type, ema, n, ema_buffer);
@@ -174,7 +190,9 @@ void update_range(
       const A* stored = readable(t.ema_type, ema, n, ema_buffer); // the EMA as stored, rounded
       const A* b = readable(t.bias_type, at(t.bias, t.bias_type, i), n, buffer);
       simd<MixLoop<A, A>>(b, stored, n, f.scale, f.rest, mixed);
-      store_block(t.bias_type, mixed, n, at(t.out, t.bias_type, i));
+      write_block(t.bias_type, at(t.out, t.bias_type, i), n, stream, [&](void* to) {
+        store_block(t.bias_type, mixed, n, to);
+      });
     }
   }
 }
@@ -263,13 +281,16 @@ void EmaLaunch::run(const Scalars& scalars) const {
 namespace {
 
 template <class A>
-double backward_range(const Entry& t, int64_t begin, int64_t end, A scale) {
-  alignas(64) A grad_buffer[kBlock];
-  alignas(64) A buffer[kBlock];
-  alignas(64) A ema_buffer[kBlock];
+double backward_range(const Entry& t, int64_t begin, int64_t end, A scale, bool stream) {
+  alignas(64) A grad_buffer[kAhead];
+  alignas(64) A buffer[kAhead];
+  alignas(64) A ema_buffer[kAhead];
+  // Eight lines of the gradient at a time, which are kAhead elements of the narrowest types.
+  const int64_t block = 8 * 64 / element_size(t.param_type);
   double share = 0;
-  for (int64_t i = begin; i < end; i += kBlock) {
-    int64_t n = std::min(kBlock, end - i);
+  for (int64_t i = begin; i < end; i += block) {
+    int64_t n = std::min(block, end - i);
+    fetch(t, i + n, n, t.numel);
     const A* g = readable(t.param_type, at(t.param, t.param_type, i), n, grad_buffer);
     if (t.bias != nullptr) {
       const A* b = readable(t.bias_type, at(t.bias, t.bias_type, i), n, buffer);
@@ -277,13 +298,14 @@ double backward_range(const Entry& t, int64_t begin, int64_t end, A scale) {
       share += static_cast<double>(simd<ShareLoop<A, A>>(g, b, e, n));
     }
     if (t.out != nullptr) {
-      void* out = at(t.out, t.bias_type, i);
-      if (t.bias_type == dtype_for<A>()) {
-        simd<ScaledLoop<A, A>>(g, n, scale, static_cast<A*>(out));
-      } else {
-        simd<ScaledLoop<A, A>>(g, n, scale, buffer);
-        store_block(t.bias_type, buffer, n, out);
-      }
+      write_block(t.bias_type, at(t.out, t.bias_type, i), n, stream, [&](void* to) {
+        if (t.bias_type == dtype_for<A>()) {
+          simd<ScaledLoop<A, A>>(g, n, scale, static_cast<A*>(to));
+        } else {
+          simd<ScaledLoop<A, A>>(g, n, scale, buffer);
+          store_block(t.bias_type, buffer, n, to);
+        }
+      });
     }
   }
   return share;
@@ -323,6 +345,7 @@ void ema_scale_update_backward(
   check_groups(groups, scale);
   Table table = build_backward_table(grad, bias, ema, groups, grad_bias);
   expect_results(table.entries);
+  bool stream = result_bytes(table.entries) > kStreamBytes;
   std::vector<int64_t> ends = chunk_ends(table.entries, kChunk);
   DType scale_type = dtype_of(scale);
   const void* scales = scale_entries(scale);
@@ -334,8 +357,11 @@ void ema_scale_update_backward(
     for (int64_t i = begin; i < end; i += kChunk) {
       int64_t stop = std::min(end, i + kChunk);
       shares[start + i / kChunk] = wants_double(t)
-          ? backward_range(t, i, stop, read_scalar<double>(scales, scale_type, t.group))
-          : backward_range(t, i, stop, read_scalar<float>(scales, scale_type, t.group));
+          ? backward_range(t, i, stop, read_scalar<double>(scales, scale_type, t.group), stream)
+          : backward_range(t, i, stop, read_scalar<float>(scales, scale_type, t.group), stream);
+    }
+    if (stream) {
+      stream_fence();
     }
   });
   table.finish();
