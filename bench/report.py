@@ -175,13 +175,23 @@ def page_block(found: dict[str, Results]) -> str:
     return "\n\n".join(parts) or "No results are kept yet."
 
 
+def measured_last(found: dict[str, Results]) -> list[Results]:
+    """The results of one GPU and of one CPU, those that are newest."""
+
+    def newest(results: Results) -> str:
+        return max(r.get("environment", {}).get("date", "") for r in results.values())
+
+    kinds = [[r for r in found.values() if on_gpu(r) is gpu] for gpu in (True, False)]
+    return [max(results, key=newest) for results in kinds if results]
+
+
 README_SIZES = ("96 x 4,800", "600 x 40,000", "ResNet-50, 161 tensors")
 
 
 def readme_block(found: dict[str, Results]) -> str:
     """The few figures of the README."""
     parts = []
-    for results in found.values():
+    for results in measured_last(found):
         operators, steps = _readme_operators(results), _readme_steps(results)
         if operators:
             parts.append(table([title(results), "`EmaPlan`", "the fastest alternative", ""], operators))
