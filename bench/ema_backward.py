@@ -45,11 +45,11 @@ def _our_backward(x: Inputs, grads: list[Tensor]) -> Call:
 
 
 def _our_backward_kernel(x: Inputs, grads: list[Tensor]) -> Call:
-    from manpp_kernels.ops.ema_scale_update import _update_backward
+    from manpp_kernels.ops.ema_scale_update_backward import update_backward
 
     grad_bias = [torch.empty_like(b) for b in x.bias]
     grad_scale = torch.zeros_like(x.scale)
-    return lambda: _update_backward(DEVICE, grads, x.bias, x.ema, x.scale, x.groups, TOTAL, grad_bias, grad_scale)
+    return lambda: update_backward(DEVICE, grads, x.bias, x.ema, x.scale, x.groups, TOTAL, grad_bias, grad_scale)
 
 
 def foreach_backward(x: Inputs, grads: list[Tensor]) -> object:

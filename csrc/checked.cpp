@@ -1,6 +1,6 @@
-// ema_scale_update for the common case, with its arguments checked on the way: what Python would take a microsecond a
-// tensor for. Anything out of the ordinary is left, untouched, to the public function in Python, which either names what
-// is wrong or takes the long way.
+// ema_scale_update and its backward pass for the common case, with their arguments checked on the way: what Python would
+// take a microsecond a tensor for. Anything out of the ordinary is left, untouched, to Python, which either names what is
+// wrong or takes the long way.
 #include <algorithm>
 #include <exception>
 #include <utility>
@@ -38,6 +38,10 @@ class Handles {
     }
   }
   Handles(Handles&& other) noexcept : handles_(std::move(other.handles_)) {}
+  Handles& operator=(Handles&& other) noexcept {
+    handles_.swap(other.handles_);
+    return *this;
+  }
   Handles(const Handles&) = delete;
   Handles& operator=(const Handles&) = delete;
 
@@ -114,15 +118,18 @@ bool disjoint(std::vector<Span> written, const std::vector<Span>& read) {
   return true;
 }
 
-bool scale_fits(const Arguments& a, const Facts& first) {
-  if (!a.scale) {
-    return a.groups.empty();
-  }
-  Facts scale(a.scale->get());
+bool scale_fits(const Tensor& scale_tensor, const std::vector<int64_t>& groups, const Facts& first) {
+  Facts scale(scale_tensor.get());
   int64_t entries = scale.known ? scale.numel() : 0;
-  return scale.known && scale.address != nullptr && scale.dim <= 1 && scale.device_type == first.device_type &&
-      scale.device_index == first.device_index && (!a.groups.empty() || entries == 1) &&
-      std::all_of(a.groups.begin(), a.groups.end(), [&](int64_t g) { return 0 <= g && g < entries; });
+  return scale.known && scale.address != nullptr && scale.dim <= 1 && scale.on_device_of(first) &&
+      (!groups.empty() || entries == 1) &&
+      std::all_of(groups.begin(), groups.end(), [&](int64_t g) { return 0 <= g && g < entries; });
+}
+
+// No address: a storage that was freed, as sharded training does between uses.
+bool has_memory(const Entry& entry, bool with_ema, bool with_bias) {
+  return entry.numel == 0 ||
+      (entry.param != nullptr && (!with_ema || entry.ema != nullptr) && (!with_bias || entry.bias != nullptr));
 }
 
 // The table of the launch, without the results' addresses; nothing where the arguments are out of the ordinary.
@@ -134,7 +141,7 @@ std::optional<std::vector<Entry>> ordinary(const Arguments& a) {
     return std::nullopt;
   }
   Facts first(a.ema[0]);
-  if (!first.known || !scale_fits(a, first)) {
+  if (!first.known || !(a.scale ? scale_fits(*a.scale, a.groups, first) : a.groups.empty())) {
     return std::nullopt;
   }
   std::vector<Entry> entries(count);
@@ -146,8 +153,7 @@ std::optional<std::vector<Entry>> ordinary(const Arguments& a) {
     Entry& entry = entries[i];
     Facts e(a.ema[i]);
     Facts p(a.params[i]);
-    if (!e.known || e.device_type != first.device_type || e.device_index != first.device_index || !p.matches(e) ||
-        !e.dense()) {
+    if (!e.known || !e.on_device_of(first) || !p.matches(e) || !e.dense()) {
       return std::nullopt;
     }
     entry.numel = e.numel();
@@ -164,11 +170,10 @@ std::optional<std::vector<Entry>> ordinary(const Arguments& a) {
       entry.bias = b.address;
       entry.bias_type = b.type;
     }
+    if (!has_memory(entry, true, weights)) {
+      return std::nullopt;
+    }
     if (entry.numel > 0) {
-      // No address: a storage that was freed, as sharded training does between uses.
-      if (entry.ema == nullptr || entry.param == nullptr || (weights && entry.bias == nullptr)) {
-        return std::nullopt;
-      }
       written.push_back(span_of(entry.ema, entry.ema_type, entry.numel));
       read.push_back(span_of(entry.param, entry.param_type, entry.numel));
       if (weights) {
@@ -186,18 +191,68 @@ std::optional<std::vector<Entry>> ordinary(const Arguments& a) {
   return entries;
 }
 
+struct BackwardArguments {
+  Handles grad;
+  Handles bias; // with ema, for the gradient of scale
+  Handles ema;
+  Tensor scale;
+  std::vector<int64_t> groups;
+};
+
+// The same for the backward pass, whose `param` is the gradient of the effective weights.
+std::optional<std::vector<Entry>> ordinary(const BackwardArguments& a) {
+  size_t count = a.grad.size();
+  bool share = !a.bias.empty();
+  if (count == 0 || a.bias.size() != a.ema.size() || (share && a.bias.size() != count) ||
+      (!a.groups.empty() && a.groups.size() != count)) {
+    return std::nullopt;
+  }
+  Facts first(a.grad[0]);
+  if (!first.known || !scale_fits(a.scale, a.groups, first)) {
+    return std::nullopt;
+  }
+  std::vector<Entry> entries(count);
+  for (size_t i = 0; i < count; ++i) {
+    Entry& entry = entries[i];
+    Facts g(a.grad[i]);
+    if (!g.known || !g.on_device_of(first) || !g.dense()) {
+      return std::nullopt;
+    }
+    entry.numel = g.numel();
+    entry.param = g.address;
+    entry.param_type = entry.ema_type = entry.bias_type = g.type;
+    entry.group = a.groups.empty() ? 0 : static_cast<int32_t>(a.groups[i]);
+    if (share) {
+      Facts b(a.bias[i]);
+      Facts e(a.ema[i]);
+      if (!b.matches(g) || !e.matches(g)) {
+        return std::nullopt;
+      }
+      entry.bias = b.address;
+      entry.bias_type = b.type;
+      entry.ema = e.address;
+      entry.ema_type = e.type;
+    }
+    if (!has_memory(entry, share, share)) {
+      return std::nullopt;
+    }
+  }
+  return entries;
+}
+
 #if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
-bool on_gpu(const Arguments& a) {
+bool on_gpu(AtenTensorHandle tensor) {
 #ifdef MANPP_EMULATION
   return true; // the GPU that csrc/testing emulates on CPU tensors
 #else
   int32_t type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.ema[0], &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &type));
   return type == aoti_torch_device_type_cuda();
 #endif
 }
 #endif
 
+template <class Arguments>
 std::optional<std::vector<Entry>> ordinary_entries(const Arguments& a) {
   try {
     return ordinary(a);
@@ -206,16 +261,20 @@ std::optional<std::vector<Entry>> ordinary_entries(const Arguments& a) {
   }
 }
 
-// Results laid out like bias, whose addresses go into the table.
-Handles allocate(const Arguments& a, std::vector<Entry>& entries) {
+// Owned by whom it is handed to.
+AtenTensorHandle empty_like(const Facts& x, DType type) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      x.dim, x.sizes, x.strides, dtype_number(type), x.device_type, x.device_index, &handle));
+  return handle;
+}
+
+// Results of bias's dtypes, laid out like the given tensors, whose addresses go into the table.
+Handles allocate(const Handles& like, std::vector<Entry>& entries) {
   Handles out;
   for (size_t i = 0; i < entries.size(); ++i) {
-    Facts b(a.bias[i]);
-    AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        b.dim, b.sizes, b.strides, dtype_number(b.type), b.device_type, b.device_index, &handle));
-    out.push_back(handle);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &entries[i].out));
+    out.push_back(empty_like(Facts(like[i]), entries[i].bias_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(out[i], &entries[i].out));
   }
   return out;
 }
@@ -223,12 +282,22 @@ Handles allocate(const Arguments& a, std::vector<Entry>& entries) {
 void run(const Arguments& a, std::vector<Entry> entries) {
   Scalars scalars = make_scalars(a.momentum, std::nullopt, a.scale, a.total, std::nullopt);
 #if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
-  if (on_gpu(a)) {
+  if (on_gpu(a.ema[0])) {
     cuda::update_entries(entries, !a.bias.empty(), a.ema.tensor(0), scalars);
     return;
   }
 #endif
   cpu::EmaLaunch(std::move(entries)).run(scalars);
+}
+
+void run_backward(std::vector<Entry>& entries, const Tensor& scale, const std::optional<Tensor>& grad_scale) {
+#if defined(MANPP_WITH_CUDA) || defined(MANPP_EMULATION)
+  if (on_gpu(scale.get())) {
+    cuda::backward_of_entries(entries, scale, grad_scale);
+    return;
+  }
+#endif
+  cpu::backward_of_entries(entries, scale, grad_scale);
 }
 
 // As TORCH_BOX would write them, but for the lists of tensors.
@@ -256,9 +325,36 @@ void ema_scale_update_checked(StableIValue* stack, uint64_t, uint64_t) {
       to<std::vector<int64_t>>(stack[5]),
       to<double>(stack[6])};
   std::optional<std::vector<Entry>> entries = ordinary_entries(arguments);
-  Handles out = entries ? allocate(arguments, *entries) : Handles();
+  Handles out = entries ? allocate(arguments.bias, *entries) : Handles();
   if (entries) {
     run(arguments, std::move(*entries));
+  }
+  stack[0] = out.release();
+}
+
+// The gradients of bias, if they are wanted, and that of scale where there are bias and ema; none of them, with nothing
+// written, where the arguments are out of the ordinary.
+void ema_scale_update_backward_checked(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  BackwardArguments arguments{
+      Handles(stack[0]),
+      Handles(stack[1]),
+      Handles(stack[2]),
+      to<Tensor>(stack[3]),
+      to<std::vector<int64_t>>(stack[4])};
+  bool need_bias = to<bool>(stack[5]);
+  Handles out;
+  if (std::optional<std::vector<Entry>> entries = ordinary_entries(arguments)) {
+    if (need_bias) {
+      out = allocate(arguments.grad, *entries);
+    }
+    std::optional<Tensor> grad_scale;
+    if (!arguments.bias.empty()) {
+      Facts scale(arguments.scale.get());
+      out.push_back(empty_like(scale, scale.type));
+      grad_scale = out.tensor(out.size() - 1);
+    }
+    run_backward(*entries, arguments.scale, grad_scale);
   }
   stack[0] = out.release();
 }
@@ -268,11 +364,13 @@ void ema_scale_update_checked(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m) {
   m.impl("_ema_update_checked", &ema_update_checked);
   m.impl("_ema_scale_update_checked", &ema_scale_update_checked);
+  m.impl("_ema_scale_update_backward_checked", &ema_scale_update_backward_checked);
 }
 #ifdef MANPP_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CUDA, m) {
   m.impl("_ema_update_checked", &ema_update_checked);
   m.impl("_ema_scale_update_checked", &ema_scale_update_checked);
+  m.impl("_ema_scale_update_backward_checked", &ema_scale_update_backward_checked);
 }
 #endif
 

@@ -55,10 +55,13 @@ struct Facts {
     return contiguous || is_dense(sizes, strides, dim);
   }
 
+  bool on_device_of(const Facts& other) const {
+    return device_type == other.device_type && device_index == other.device_index;
+  }
+
   // Of the same shape and on the same device.
   bool fits(const Facts& other) const {
-    return known && device_type == other.device_type && device_index == other.device_index && dim == other.dim &&
-        std::equal(sizes, sizes + dim, other.sizes);
+    return known && on_device_of(other) && dim == other.dim && std::equal(sizes, sizes + dim, other.sizes);
   }
 
   // And with its elements in the same order.

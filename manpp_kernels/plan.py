@@ -14,6 +14,7 @@ from manpp_kernels import backends
 from manpp_kernels._library import library
 from manpp_kernels.ops import _checks
 from manpp_kernels.ops import ema_scale_update as op
+from manpp_kernels.ops.ema_scale_update_backward import attach_effective_weights
 
 # Builds a plan in the compiled library and returns its address; 0 where an operand's layout needs a copy every step.
 library.define(
@@ -343,7 +344,7 @@ class EmaPlan:
         torch.autograd.graph.increment_version(self._written)
         if not grad or self.weights is None or self.bias is None or scale is None:
             return self.weights
-        return op.attach_effective_weights(self.weights, scale, self.bias, self.ema, self.groups or [], self.total)
+        return attach_effective_weights(self.weights, scale, self.bias, self.ema, self.groups or [], self.total)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmaPlan:
         raise TypeError("an EmaPlan stands for the tensors it was built on; build another on the copies")

@@ -16,7 +16,8 @@ from reference import (
     sum_ops,
 )
 
-from manpp_kernels import EmaPlan, ema_scale_update
+import manpp_kernels.ops.ema_scale_update_backward as module
+from manpp_kernels import EmaPlan, backends, ema_scale_update, use_backend
 
 
 @pytest.mark.parametrize("scale_shape", [(), (3,)])
@@ -101,6 +102,37 @@ def test_too_large_for_the_caches(target: Target, dtype: torch.dtype, wanted: st
         assert_close(
             got[0], terms.sum(), terms.abs().sum(), ops=sum_ops(sum(sizes)), arithmetic=torch.float32, what="scale"
         )
+
+
+@pytest.mark.skipif(not backends.CPU_COMPILED, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("wanted", ["scale and bias", "scale", "bias"])
+def test_the_common_case_gives_the_bits_of_the_long_way(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator that checks its arguments itself takes plain tensors, and leaves all others alone."""
+    common = module._backward_in_common_case
+    took = []
+
+    def gradients(common_case: bool) -> list[torch.Tensor]:
+        def backward_in_common_case(*args):
+            found = common(*args) if common_case else []
+            took.append(bool(found))
+            return found
+
+        monkeypatch.setattr(module, "_backward_in_common_case", backward_in_common_case)
+        torch.manual_seed(0)
+        shapes = [(2, 3, 4, 5), (5000,), (0,), (7, 3)]
+        ema, params, bias, grads = ([torch.randn(s) for s in shapes] for _ in range(4))
+        scale = torch.tensor([0.75, 0.5], requires_grad="scale" in wanted)
+        bias = [b.requires_grad_("bias" in wanted) for b in bias]
+        inputs = [*([scale] if "scale" in wanted else []), *(bias if "bias" in wanted else [])]
+        weights = ema_scale_update(ema, params, 0.9, scale=scale, bias=bias, groups=[1, 0, 1, 1])
+        plain = torch.autograd.grad(weights, inputs, grads, retain_graph=True)
+        some = torch.autograd.grad(weights[1::2], inputs, grads[1::2], retain_graph=True, allow_unused=True)
+        expanded = torch.autograd.grad([w.sum() for w in weights], inputs)  # of no memory of their own
+        return [torch.zeros(()) if g is None else g for g in (*plain, *some, *expanded)]
+
+    with use_backend("cpu"):
+        assert all(map(torch.equal, gradients(True), gradients(False)))
+    assert took == [True, True, False] + [False] * 3
 
 
 @pytest.mark.parametrize("way", ["operator", "plan"])

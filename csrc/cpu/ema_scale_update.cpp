@@ -333,26 +333,17 @@ void ema_scale_update(
   table.finish();
 }
 
-void ema_scale_update_backward(
-    std::vector<Tensor> grad,
-    std::vector<Tensor> bias,
-    std::vector<Tensor> ema,
-    Tensor scale,
-    std::vector<int64_t> groups,
-    double total,
-    std::vector<Tensor> grad_bias,
-    std::optional<Tensor> grad_scale) {
-  check_groups(groups, scale);
-  Table table = build_backward_table(grad, bias, ema, groups, grad_bias);
-  expect_results(table.entries);
-  bool stream = result_bytes(table.entries) > kStreamBytes;
-  std::vector<int64_t> ends = chunk_ends(table.entries, kChunk);
+void backward_of_entries(
+    const std::vector<Entry>& entries, const Tensor& scale, const std::optional<Tensor>& grad_scale) {
+  expect_results(entries);
+  bool stream = result_bytes(entries) > kStreamBytes;
+  std::vector<int64_t> ends = chunk_ends(entries, kChunk);
   DType scale_type = dtype_of(scale);
   const void* scales = scale_entries(scale);
   // A sum per chunk, added up in order afterwards: the same bits whatever the number of threads.
   std::vector<double> shares(ends.empty() ? 0 : static_cast<size_t>(ends.back()));
-  for_each_range(table.entries, ends, [&](int tensor, int64_t begin, int64_t end) {
-    const Entry& t = table.entries[tensor];
+  for_each_range(entries, ends, [&](int tensor, int64_t begin, int64_t end) {
+    const Entry& t = entries[tensor];
     int64_t start = tensor == 0 ? 0 : ends[tensor - 1];
     for (int64_t i = begin; i < end; i += kChunk) {
       int64_t stop = std::min(end, i + kChunk);
@@ -364,7 +355,6 @@ void ema_scale_update_backward(
       stream_fence();
     }
   });
-  table.finish();
   if (!grad_scale) {
     return;
   }
@@ -373,11 +363,26 @@ void ema_scale_update_backward(
   std::vector<double> sums(static_cast<size_t>(scale.numel()));
   for (size_t i = 0; i < ends.size(); ++i) {
     for (int64_t chunk = i == 0 ? 0 : ends[i - 1]; chunk < ends[i]; ++chunk) {
-      sums[table.entries[i].group] += shares[chunk];
+      sums[entries[i].group] += shares[chunk];
     }
   }
   DType type = dtype_of(*grad_scale);
   store_block(type, sums.data(), static_cast<int64_t>(sums.size()), grad_scale->data_ptr());
+}
+
+void ema_scale_update_backward(
+    std::vector<Tensor> grad,
+    std::vector<Tensor> bias,
+    std::vector<Tensor> ema,
+    Tensor scale,
+    std::vector<int64_t> groups,
+    double total,
+    std::vector<Tensor> grad_bias,
+    std::optional<Tensor> grad_scale) {
+  check_groups(groups, scale);
+  Table table = build_backward_table(grad, bias, ema, groups, grad_bias);
+  backward_of_entries(table.entries, scale, grad_scale);
+  table.finish();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(manpp_kernels, CPU, m) {

@@ -1,8 +1,9 @@
 #pragma once
 
+#include <optional>
 #include <vector>
 
-#include "../multi_tensor.h"
+#include "../table.h"
 
 namespace manpp::cpu {
 
@@ -15,5 +16,9 @@ struct EmaLaunch {
   explicit EmaLaunch(std::vector<Entry> entries);
   void run(const Scalars& scalars) const;
 };
+
+// The backward pass of entries as build_backward_table() makes them; the gradient of scale where it is given.
+void backward_of_entries(
+    const std::vector<Entry>& entries, const Tensor& scale, const std::optional<Tensor>& grad_scale);
 
 } // namespace manpp::cpu

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "../table.h"
@@ -8,6 +9,10 @@ namespace manpp::cuda {
 
 // An update of entries on the device of `like`: one launch, or two where they are more than fit its parameters.
 void update_entries(const std::vector<Entry>& entries, bool weights, const Tensor& like, const Scalars& scalars);
+
+// The backward pass of entries as build_backward_table() makes them, which it may put into another order; the gradient of
+// scale where it is given. One launch, or two as above.
+void backward_of_entries(std::vector<Entry>& entries, const Tensor& scale, const std::optional<Tensor>& grad_scale);
 
 // The tables of an update on a GPU, kept in device memory, for the launch plan.
 class EmaLaunch {

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "chunks.cuh"
+#include "ema_scale_update.h"
 #include "reduce.cuh"
 
 namespace manpp::cuda {
@@ -239,7 +240,7 @@ void run_once(const std::vector<Entry>& entries, const Tensor& scale, Sums& sums
 }
 
 // With the gradient of scale: one launch, unless there are more groups than it takes.
-void run_with_sums(std::vector<Entry>& entries, const Tensor& scale, Tensor& grad_scale, cudaStream_t stream) {
+void run_with_sums(std::vector<Entry>& entries, const Tensor& scale, Tensor grad_scale, cudaStream_t stream) {
   int64_t groups = grad_scale.numel();
   STD_TORCH_CHECK(groups == scale.numel(), "manpp_kernels: grad_scale has to have as many entries as scale");
   auto earlier = [](const Entry& a, const Entry& b) { return a.group < b.group; };
@@ -268,6 +269,17 @@ void run_with_sums(std::vector<Entry>& entries, const Tensor& scale, Tensor& gra
 
 } // namespace
 
+void backward_of_entries(std::vector<Entry>& entries, const Tensor& scale, const std::optional<Tensor>& grad_scale) {
+  DeviceGuard guard(scale.get_device_index());
+  cudaStream_t stream = current_stream(scale.get_device_index());
+  if (grad_scale) {
+    run_with_sums(entries, scale, *grad_scale, stream);
+  } else {
+    Sums none;
+    run_once(entries, scale, none, stream);
+  }
+}
+
 void ema_scale_update_backward(
     std::vector<Tensor> grad,
     std::vector<Tensor> bias,
@@ -278,15 +290,9 @@ void ema_scale_update_backward(
     std::vector<Tensor> grad_bias,
     std::optional<Tensor> grad_scale) {
   DeviceGuard guard(scale.get_device_index());
-  cudaStream_t stream = current_stream(scale.get_device_index());
   check_groups(groups, scale);
   Table table = build_backward_table(grad, bias, ema, groups, grad_bias);
-  if (grad_scale && !bias.empty()) {
-    run_with_sums(table.entries, scale, *grad_scale, stream);
-  } else {
-    Sums none;
-    run_once(table.entries, scale, none, stream);
-  }
+  backward_of_entries(table.entries, scale, bias.empty() ? std::nullopt : grad_scale);
   table.finish();
 }
 

@@ -29,7 +29,7 @@ from manpp_kernels.local.parts import has_parameters
 from manpp_kernels.local.segments import Segment
 from manpp_kernels.local.targets import BatchError, Criterion
 from manpp_kernels.ops._checks import Rounding
-from manpp_kernels.ops.ema_scale_update import attach_effective_weights
+from manpp_kernels.ops.ema_scale_update_backward import attach_effective_weights
 from manpp_kernels.ops.scale_bias_mix import scale_bias_mix
 from manpp_kernels.plan import EmaPlan
 
