@@ -38,7 +38,7 @@ export TEST_REQUIRES
 
 # A worker on each core, each with one thread: threads that wait for one another on busy cores take longer than one alone.
 # How the kernels divide their work among threads is tested with threads all the same.
-TESTS := -m pytest -n logical --dist worksteal
+TESTS := -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test bench compat clean
 
