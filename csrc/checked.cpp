@@ -252,8 +252,8 @@ bool on_gpu(AtenTensorHandle tensor) {
 }
 #endif
 
-template <class Arguments>
-std::optional<std::vector<Entry>> ordinary_entries(const Arguments& a) {
+template <class Lists>
+std::optional<std::vector<Entry>> ordinary_entries(const Lists& a) {
   try {
     return ordinary(a);
   } catch (const std::exception&) { // a tensor without strides or storage
