@@ -56,12 +56,12 @@ struct EmaMixLoop {
   }
 };
 
-// What an update reads of the n elements from `begin` on, as far as they go: the block after the one that is worked on.
+// What is read of the n elements from `begin` on, as far as they go: the block after the one that is worked on.
 // Where a line takes many instructions, as of 16-bit numbers, the processor does not look far enough ahead by itself.
 MANPP_INLINE void fetch(const Entry& t, int64_t begin, int64_t n, int64_t end) {
   n = std::min(n, end - begin);
   prefetch(at(t.param, t.param_type, begin), n * element_size(t.param_type));
-  if (t.ema != nullptr) { // as in a backward pass without the gradient of scale
+  if (t.ema != nullptr) { // which it is in a backward pass without the gradient of scale
     prefetch(at(t.ema, t.ema_type, begin), n * element_size(t.ema_type));
   }
   if (t.bias != nullptr) {
@@ -162,9 +162,9 @@ void update_range(
     pass(t, index, begin, end, f, seed, stream);
     return;
   }
-  alignas(64) A ema_buffer[kBlock];
-  alignas(64) A buffer[kBlock];
-  alignas(64) A mixed[kBlock];
+  alignas(64) A ema_buffer[2 * kAhead];
+  alignas(64) A buffer[2 * kAhead];
+  alignas(64) A mixed[kAhead];
   // The more there is to do for an element, the fewer of them take as long as memory does.
   const int64_t block = t.bias != nullptr || seed != nullptr ? kAhead : 2 * kAhead;
   for (int64_t i = begin; i < end; i += block) {
@@ -180,7 +180,7 @@ void update_range(
       }
     } else if (seed != nullptr && element_size(t.ema_type) == 2) {
       // A float16 or bfloat16 EMA of float64 parameters: rounded by way of float, as everywhere.
-      alignas(64) float narrow[kBlock];
+      alignas(64) float narrow[2 * kAhead];
       store_block(DType::f32, ema_buffer, n, narrow);
       round_block(t.ema_type, narrow, n, *seed, static_cast<uint32_t>(index), i);
       load_block(DType::f32, narrow, n, ema_buffer);
@@ -285,8 +285,8 @@ double backward_range(const Entry& t, int64_t begin, int64_t end, A scale, bool 
   alignas(64) A grad_buffer[kAhead];
   alignas(64) A buffer[kAhead];
   alignas(64) A ema_buffer[kAhead];
-  // Eight lines of the gradient at a time, which are kAhead elements of the narrowest types.
-  const int64_t block = 8 * 64 / element_size(t.param_type);
+  static_assert(kStreamBlock / static_cast<int64_t>(sizeof(BFloat16)) <= kAhead);
+  const int64_t block = kStreamBlock / element_size(t.param_type);
   double share = 0;
   for (int64_t i = begin; i < end; i += block) {
     int64_t n = std::min(block, end - i);

@@ -25,12 +25,14 @@ MANPP_INLINE void prefetch(const void* x, int64_t bytes) {
 void stream_bytes(const void* x, int64_t bytes, void* y);
 void stream_fence();
 
-// Writes n elements so, in blocks of a few whole lines: calls write(first element, elements, where to) for each. Small
-// ones, as stores past the caches in a row hold up the loads between them.
+// Bytes that are streamed in one go, a few whole lines: many stores past the caches in a row hold up the loads between.
+constexpr int64_t kStreamBlock = 8 * 64;
+
+// Writes n elements so, a block at a time: calls write(first element, elements, where to) for each.
 template <class T, class Write>
 void stream_blocks(T* y, int64_t n, const Write& write) {
   constexpr int64_t line = 64 / sizeof(T);
-  constexpr int64_t block = 8 * line;
+  constexpr int64_t block = kStreamBlock / sizeof(T);
   alignas(64) T buffer[block];
   int64_t to_line = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(y) / sizeof(T)) & (line - 1);
   for (int64_t i = 0, m = std::min(n, to_line == 0 ? block : to_line); i < n; i += m, m = std::min(block, n - i)) {
