@@ -220,6 +220,10 @@ def test_report_of_every_kind_of_result(bench, tmp_path):
     assert "| update, 96 x 4,800, fp32 | 2 thr. | 10.0 | 10% | 5.00 | 50% | foreach lerp_, 15.0 | 1.50x |" in page
     assert "| 1.50x | ≥ 2.00x | missed by 25% |" in page
     assert "1.5x" in report.readme_block({"machine": results})
+    later = {"ema_scale_update": {**results["ema_scale_update"], "environment": {**environment, "cpu": "a later one"}}}
+    later["ema_scale_update"]["environment"]["date"] = "e"
+    for machines in ({"a": results, "b": later}, {"a": later, "b": results}):
+        assert report.readme_block(machines) == report.readme_block({"b": later})
 
     gpu = {**environment, "device": "cuda", "gpu": "GPU", "driver": "1", "cuda": "13"}
     floors = {"copy_gbytes_per_second": {"2": 4000.0}, "launch_us": {"eager": 2.0, "graph": 1.0}}
