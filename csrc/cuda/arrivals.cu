@@ -21,9 +21,9 @@ namespace manpp::cuda {
 
 namespace {
 
-// Of streams and captures together: 1 MB, for 512 owners of the largest reductions, or 2^18 of a single sum. Launches of
+// Of streams and captures together: 1 MB, for 256 owners of the largest reductions, or 2^18 of a single sum. Launches of
 // those past it have their counters cleared ahead of each.
-constexpr uint32_t kCounters = 512 * kMostArrivals;
+constexpr uint32_t kCounters = 256 * kMostArrivals;
 
 __device__ uint32_t counters_of_all[kCounters];
 

@@ -5,9 +5,6 @@
 
 namespace manpp::cuda {
 
-// Shares of one sum, at most: a single block adds them up, 256 a thread, 16 of which are on their way at a time.
-constexpr int64_t kMostShares = 256 * kThreads;
-
 // Counters of arrivals, all at zero, for a kernel that leaves them at zero.
 struct Arrivals {
   uint32_t* counters = nullptr;
@@ -15,7 +12,7 @@ struct Arrivals {
 };
 
 // As many counters as one launch gets.
-constexpr uint32_t kMostArrivals = 512;
+constexpr uint32_t kMostArrivals = 1024;
 
 // Counters for the next launch on `stream` of the device of `like`. See arrivals.cu for whose they are.
 Arrivals arrivals(const Tensor& like, cudaStream_t stream, uint32_t count);
@@ -82,6 +79,33 @@ __device__ __forceinline__ bool add_shares(
   }
   value = sum;
   return true;
+}
+
+// Blocks that add up their shares among themselves first, where a sum has many (see add_shares_of_teams).
+constexpr uint32_t kTeam = 128;
+
+__host__ __device__ constexpr uint32_t teams_of(uint32_t count) {
+  return (count + kTeam - 1) / kTeam;
+}
+
+// What add_shares_of_teams needs for a sum of `count` shares: places for shares, of `columns` numbers each, and counters.
+__host__ __device__ constexpr uint32_t places_of(uint32_t count) {
+  return count + teams_of(count);
+}
+__host__ __device__ constexpr uint32_t counters_of(uint32_t count) {
+  return 1 + teams_of(count);
+}
+
+// add_shares in two steps: the last block of each team adds up the team's shares, the last of those the teams'. So there may
+// be many blocks; one alone would be at their shares for longer than it takes to wait for blocks of uneven speed.
+__device__ __forceinline__ bool add_shares_of_teams(
+    double* shares, uint32_t* counters, uint32_t count, uint32_t number, uint32_t columns, double& value) {
+  uint32_t team = number / kTeam;
+  uint32_t first = team * kTeam;
+  double* own = shares + static_cast<int64_t>(first) * columns;
+  double* of_teams = shares + static_cast<int64_t>(count) * columns;
+  return add_shares(own, counters + 1 + team, min(kTeam, count - first), number - first, columns, value) &&
+      add_shares(of_teams, counters, teams_of(count), team, columns, value);
 }
 
 } // namespace manpp::cuda

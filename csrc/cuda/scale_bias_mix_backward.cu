@@ -12,11 +12,12 @@ namespace {
 
 constexpr const char* kName = "scale_bias_mix_backward";
 constexpr int kFlight = 2; // vectors of each operand that a thread keeps in flight
-constexpr int64_t kSegment = 1024; // elements of a row that up to a warp takes at a time
-// Blocks of a launch that sums, at least where there is work for as many: many times what the largest GPUs run at
-// once, so that they end together, and few enough that their shares are added up in no time (where a block has many sums to
-// leave, kMostShares makes it fewer). On an H100 8,192 blocks take up to 1 % longer, and 1,024 mostly more still.
-constexpr int64_t kBlocks = 16384;
+constexpr int64_t kSegment = 512; // elements of a row that up to a warp takes at a time
+// Blocks of a launch that sums, where there is work for as many: many times what the largest GPUs run at once, so that
+// they end together, and few enough that their shares are added up in no time. Of pixels, whose blocks leave a share for
+// each channel, half as many.
+constexpr int64_t kBlocks = 32768;
+constexpr int64_t kPixelBlocks = 16384;
 
 template <class T>
 struct Operands {
@@ -109,10 +110,16 @@ __device__ __forceinline__ void backward_vectors(
 struct Sums {
   uint32_t units = 1;
   uint32_t slices = 1; // blocks of a unit
-  double* shares = nullptr; // [unit][slice][column]
-  uint32_t* counters = nullptr; // a unit each
+  double* shares = nullptr; // [unit][place][column]
+  uint32_t* counters = nullptr; // [unit][step of the sum]
   void* grad_scale = nullptr; // null where it is not wanted
   DType type = DType::f32;
+
+  // Ends a block's part, `value`, in the sums of its unit; true in the unit's last block, which has the sums then.
+  __device__ __forceinline__ bool add(uint32_t unit, uint32_t slice, uint32_t columns, double& value) const {
+    double* places = shares + static_cast<int64_t>(unit) * places_of(slices) * columns;
+    return add_shares_of_teams(places, counters + unit * counters_of(slices), slices, slice, columns, value);
+  }
 };
 
 // Rows of one channel each, in pieces of up to kSegment elements; `lanes` threads (a power of two, up to a warp) take a
@@ -153,8 +160,7 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   total = block_sum(total);
-  double* shares = sums.shares + static_cast<int64_t>(channel) * sums.slices;
-  if (add_shares(shares, sums.counters + channel, sums.slices, slice, 1, total) && threadIdx.x == 0) {
+  if (sums.add(channel, slice, 1, total) && threadIdx.x == 0) {
     write_scalar(sums.grad_scale, sums.type, channel, total);
   }
 }
@@ -215,10 +221,8 @@ __global__ void __launch_bounds__(kThreads) backward_pixels_kernel(
       total += parts[i][threadIdx.x];
     }
   }
-  double* shares = sums.shares + static_cast<int64_t>(unit) * sums.slices * columns;
   int64_t own = static_cast<int64_t>(unit) * columns + threadIdx.x;
-  if (add_shares(shares, sums.counters + unit, sums.slices, slice, columns, total) && threadIdx.x < columns &&
-      own < channels) {
+  if (sums.add(unit, slice, columns, total) && threadIdx.x < columns && own < channels) {
     write_scalar(sums.grad_scale, sums.type, own, total);
   }
 }
@@ -244,23 +248,23 @@ void launch_backward(
   Tensor shares;
   Arrivals counters;
   // `most` slices have work to do; `columns` numbers are a unit's share.
-  auto divide = [&](int64_t units, int64_t most, int64_t columns) {
+  auto divide = [&](int64_t units, int64_t most, int64_t columns, int64_t blocks) {
     if (grad_scale != nullptr) {
-      int64_t slices = units > kMostArrivals ? 1 : std::max<int64_t>(1, kBlocks / units);
-      most = std::min({most, slices, kMostShares / columns});
+      most = std::min(most, units > kMostArrivals / 2 ? 1 : std::max<int64_t>(1, blocks / units));
       sums.grad_scale = grad_scale->data_ptr();
       sums.type = dtype_of(*grad_scale);
     }
     if (grad_scale != nullptr && most > 1) {
-      shares = scratch(scale, units * most * columns * static_cast<int64_t>(sizeof(double)));
-      counters = arrivals(scale, stream, static_cast<uint32_t>(units));
+      uint32_t slices = static_cast<uint32_t>(most);
+      shares = scratch(scale, units * places_of(slices) * columns * static_cast<int64_t>(sizeof(double)));
+      counters = arrivals(scale, stream, static_cast<uint32_t>(units) * counters_of(slices));
       sums.shares = static_cast<double*>(shares.data_ptr());
       sums.counters = counters.counters;
     }
-    uint32_t blocks = blocks_for(units * most, 1);
+    uint32_t grid = blocks_for(units * most, 1);
     sums.units = static_cast<uint32_t>(units);
     sums.slices = static_cast<uint32_t>(most);
-    return blocks;
+    return grid;
   };
   auto blocks_of = [](int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; };
   if (channels > 1 && layout.inner == 1) {
@@ -268,7 +272,7 @@ void launch_backward(
     int64_t groups = channels / (vectors ? V : 1);
     int width = power_of_two(groups, vectors ? kWidth<T, V> : kWidth<T, 1>);
     int64_t at_once = static_cast<int64_t>(kFlight) * kThreads / width; // pixels
-    uint32_t blocks = divide(blocks_of(groups, width), blocks_of(layout.outer, at_once), width * (vectors ? V : 1));
+    uint32_t blocks = divide(blocks_of(groups, width), blocks_of(layout.outer, at_once), width * (vectors ? V : 1), kPixelBlocks);
     int64_t per_slice = blocks_of(layout.outer, sums.slices);
     auto kernel = vectors ? backward_pixels_kernel<T, V> : backward_pixels_kernel<T, 1>;
     launch_kernel(kName, kernel, blocks, stream, o, layout.outer, per_slice, channels, width, source, sums);
@@ -278,7 +282,7 @@ void launch_backward(
     int lanes = power_of_two(std::min(layout.inner, kSegment) / (vectors ? V : 1), 32);
     uint32_t pieces = blocks_for(layout.outer * per_row, 1); // below 2^31: a piece's number and its step fit 32 bits
     Rows rows{layout.inner, channels, static_cast<uint32_t>(per_row), pieces, static_cast<uint32_t>(lanes)};
-    uint32_t blocks = divide(channels, blocks_of(pieces, kThreads / lanes), 1);
+    uint32_t blocks = divide(channels, blocks_of(pieces, kThreads / lanes), 1, kBlocks);
     auto kernel = vectors ? backward_rows_kernel<T, V> : backward_rows_kernel<T, 1>;
     launch_kernel(kName, kernel, blocks, stream, o, rows, source, sums);
   }

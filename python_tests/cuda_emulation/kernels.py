@@ -26,7 +26,7 @@ EMULATION.manpp_emulated_counters.restype = ctypes.c_uint64
 CHUNK = 4096  # csrc/cuda/chunks.cuh, as are the capacities of a table without and with effective weights
 CAPACITY, CAPACITY_WITH_WEIGHTS = 1216, 704
 GROUPS = 256  # csrc/cuda/ema_scale_update_backward.cu: of one launch
-COUNTERS, OWNERS = 512, 512  # csrc/cuda/reduce.cuh and arrivals.cu: of one launch, and who may have so many
+COUNTERS, OWNERS = 1024, 256  # csrc/cuda/reduce.cuh and arrivals.cu: of one launch, and who may have so many
 SIZES = (1, 4, 16, 64, 256, COUNTERS)  # which launches of one owner share
 # (ema, params, bias) that there are kernels for, and some that go to the kernel for any mix.
 SPECIALISED = [
