@@ -1,6 +1,5 @@
 // detach_copy into a given tensor for the common case, with its arguments checked on the way: in Python that takes as long
 // as to copy a small feature map. Anything out of the ordinary is left, untouched, to the public function.
-#include <exception>
 #include <optional>
 
 #include "detach_copy.h"
@@ -10,18 +9,9 @@ namespace manpp {
 
 namespace {
 
-std::optional<Facts> facts_of(const Tensor& t) {
-  try {
-    return Facts(t.get());
-  } catch (const std::exception&) { // a tensor without strides or storage
-    return std::nullopt;
-  }
-}
-
-// Of one of the four dtypes, with elements, all of which fill one stretch of memory. (Without an address: a storage that
-// was freed.)
+// With elements, all of which fill one stretch of memory.
 bool ordinary(const std::optional<Facts>& t) {
-  return t && t->known && t->address != nullptr && t->numel() > 0 && t->dense();
+  return t && has_memory(*t) && t->dense();
 }
 
 bool apart(const Facts& x, const Facts& y) {

@@ -1,7 +1,9 @@
-// What the checked forms of the operators (checked.cpp, checked_copy.cpp) ask of a tensor.
+// What the checked forms of the operators (checked.cpp, checked_copy.cpp, checked_mix.cpp) ask of a tensor.
 #pragma once
 
 #include <algorithm>
+#include <exception>
+#include <optional>
 
 #include "table.h"
 
@@ -77,5 +79,18 @@ struct Facts {
     return true;
   }
 };
+
+inline std::optional<Facts> facts_of(const Tensor& t) {
+  try {
+    return Facts(t.get());
+  } catch (const std::exception&) { // a tensor without strides or storage
+    return std::nullopt;
+  }
+}
+
+// Of one of the four dtypes, with elements. (Without an address: a storage that was freed.)
+inline bool has_memory(const Facts& t) {
+  return t.known && t.address != nullptr && t.numel() > 0;
+}
 
 } // namespace manpp

@@ -36,21 +36,17 @@ MixGradients mix_gradients(
     bool need_lb,
     bool need_ema) {
   auto [g, layout] = with_channel_layout(grad, scale);
-  // A new one each time: no two results of an operator may be the same tensor.
-  auto nothing = [](const Tensor& like) {
-    const int64_t none = 0;
-    return torch::stable::new_empty(like, {&none, 1});
-  };
+  // Where one is not wanted, a new tensor each time: no two results of an operator may be the same.
   bool need_scale = lb_out && ema_out;
-  Tensor result_a = need_lb ? torch::stable::empty_like(grad) : nothing(grad);
-  Tensor result_b = need_ema ? torch::stable::empty_like(grad) : nothing(grad);
+  Tensor result_a = need_lb ? new_like(grad) : nothing_like(grad);
+  Tensor result_b = need_ema ? new_like(grad) : nothing_like(grad);
   MixGradients t{
       g,
-      need_scale ? matching(*lb_out, g) : nothing(grad),
-      need_scale ? matching(*ema_out, g) : nothing(grad),
+      need_scale ? matching(*lb_out, g) : nothing_like(grad),
+      need_scale ? matching(*ema_out, g) : nothing_like(grad),
       !need_lb || same_layout(result_a, g) ? result_a : empty_with_layout(g, g),
       !need_ema || same_layout(result_b, g) ? result_b : empty_with_layout(g, g),
-      need_scale ? torch::stable::empty_like(scale) : nothing(scale),
+      need_scale ? new_like(scale) : nothing_like(scale),
       result_a,
       result_b,
       layout,

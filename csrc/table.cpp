@@ -1,12 +1,9 @@
 #include "table.h"
 
 #include <algorithm>
-#include <array>
 #include <numeric>
 
 namespace manpp {
-
-using torch::headeronly::ScalarType;
 
 // In the order of DType.
 static const int32_t* dtype_numbers() {
@@ -87,20 +84,30 @@ void copy(Tensor& to, const Tensor& from) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
 }
 
-Tensor empty_with_layout(const Tensor& x, const Tensor& like) {
-  using torch::stable::detail::from;
-  std::optional<ScalarType> dtype = x.scalar_type();
-  std::array<StableIValue, 7> stack{
-      from(x),
-      from(like.sizes()),
-      from(like.strides()),
-      from(dtype),
-      from(std::optional<torch::headeronly::Layout>()),
-      from(std::optional<torch::stable::Device>()),
-      from(std::optional<bool>())};
+// By the shim, for the same reason.
+static Tensor empty(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  int32_t dtype = 0;
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_with_layout(const Tensor& x, const Tensor& like) {
+  return empty(x, like.dim(), like.sizes().data(), like.strides().data());
+}
+
+Tensor new_like(const Tensor& x) {
+  return is_dense(x) ? empty_with_layout(x, x) : torch::stable::empty_like(x);
+}
+
+Tensor nothing_like(const Tensor& x) {
+  const int64_t none = 0;
+  const int64_t one = 1;
+  return empty(x, 1, &none, &one);
 }
 
 Tensor matching(const Tensor& x, const Tensor& like) {

@@ -37,6 +37,10 @@ void copy(Tensor& to, const Tensor& from);
 // A new tensor of x's dtype on x's device, with the sizes and strides of `like`.
 Tensor empty_with_layout(const Tensor& x, const Tensor& like);
 
+// As torch.empty_like, and a tensor without elements, of x's dtype and on its device.
+Tensor new_like(const Tensor& x);
+Tensor nothing_like(const Tensor& x);
+
 // x where it is laid out like `like`, else a copy that is.
 Tensor matching(const Tensor& x, const Tensor& like);
 

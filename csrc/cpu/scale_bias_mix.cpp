@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../mix_tensors.h"
+#include "../scale_bias_mix.h"
 #include "blocks.h"
 #include "loops.h"
 #include "memory.h"
@@ -197,7 +198,7 @@ auto with_type(DType type, const Body& body) {
 
 Tensor scale_bias_mix(Tensor lb_out, Tensor ema_out, Tensor scale, double total) {
   MixInputs in = mix_inputs(lb_out, ema_out, scale);
-  Tensor out = torch::stable::empty_like(lb_out);
+  Tensor out = new_like(lb_out);
   Tensor result = same_layout(out, in.a) ? out : empty_with_layout(out, in.a);
   Rows rows(in.layout, in.a.numel());
   with_type(dtype_of(in.a), [&](auto element) {

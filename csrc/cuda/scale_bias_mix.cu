@@ -1,4 +1,5 @@
 // scale_bias_mix on the GPU, forward: kernel, launch and operator. (Its backward pass: scale_bias_mix_backward.cu.)
+#include "../scale_bias_mix.h"
 #include "scale_bias_mix.cuh"
 
 namespace manpp::cuda {
@@ -131,7 +132,7 @@ void launch_forward(
 Tensor scale_bias_mix(Tensor lb_out, Tensor ema_out, Tensor scale, double total) {
   DeviceGuard guard(lb_out.get_device_index());
   MixInputs in = mix_inputs(lb_out, ema_out, scale);
-  Tensor out = torch::stable::empty_like(lb_out);
+  Tensor out = new_like(lb_out);
   Tensor result = same_layout(out, in.a) ? out : empty_with_layout(out, in.a);
   if (in.a.numel() > 0) {
     cudaStream_t stream = current_stream(lb_out.get_device_index());
