@@ -60,8 +60,12 @@ def test_no_kernel_misses_a_bar(kernels: list[machine_code.Kernel]) -> None:
 
 
 def test_every_kernel_keeps_a_multiprocessor_busy(kernels: list[machine_code.Kernel]) -> None:
-    # Three blocks, of 256 threads with several loads of 16 bytes in flight each, cover the latency of memory.
-    assert [(k.architecture, k.name, k.registers) for k in kernels if k.occupancy < 3 / 8] == []
+    # Three blocks, of 256 threads with several loads of 16 bytes in flight each, cover the latency of memory; or two
+    # whose threads have a dozen on their way.
+    def least(kernel: machine_code.Kernel) -> float:
+        return 2 / 8 if kernel.accesses["load", 128] >= 12 else 3 / 8
+
+    assert [(k.architecture, k.name, k.registers) for k in kernels if k.occupancy < least(k)] == []
 
 
 def test_what_it_reads() -> None:

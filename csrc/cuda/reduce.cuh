@@ -82,7 +82,7 @@ __device__ __forceinline__ bool add_shares(
 }
 
 // Blocks that add up their shares among themselves first, where a sum has many (see add_shares_of_teams).
-constexpr uint32_t kTeam = 128;
+constexpr uint32_t kTeam = 256;
 
 __host__ __device__ constexpr uint32_t teams_of(uint32_t count) {
   return (count + kTeam - 1) / kTeam;

@@ -11,13 +11,14 @@ namespace manpp::cuda {
 namespace {
 
 constexpr const char* kName = "scale_bias_mix_backward";
-constexpr int kFlight = 2; // vectors of each operand that a thread keeps in flight
+// Vectors of each operand that a thread keeps in flight: of a row, which may be short, and of pixels.
+constexpr int kRowFlight = 2;
+constexpr int kPixelFlight = 4;
 constexpr int64_t kSegment = 512; // elements of a row that up to a warp takes at a time
-// Blocks of a launch that sums, where there is work for as many: many times what the largest GPUs run at once, so that
-// they end together, and few enough that their shares are added up in no time. Of pixels, whose blocks leave a share for
-// each channel, half as many.
-constexpr int64_t kBlocks = 32768;
-constexpr int64_t kPixelBlocks = 16384;
+// Blocks of a launch that sums, at most: many times what the largest GPUs run at once, so that they end together. Each
+// leaves a share for every sum it has a part in, of pixels many: these are at most 2 % of a map that has as many blocks.
+constexpr int64_t kRowBlocks = 65536;
+constexpr int64_t kPixelBlocks = 32768;
 
 template <class T>
 struct Operands {
@@ -51,18 +52,18 @@ __device__ __forceinline__ void store_whole(T* p, const T (&x)[V]) {
   store_vector(p, x);
 }
 
-// Both gradients of kFlight vectors, `stride` elements apart; add(k, x) takes the share of element k of a vector in the
+// Both gradients of Flight vectors, `stride` elements apart; add(k, x) takes the share of element k of a vector in the
 // gradient of scale. scale(k) and rest(k) are its factors.
-template <class T, int V, class Scale, class Add>
+template <int Flight, class T, int V, class Scale, class Add>
 __device__ __forceinline__ void backward_vectors(
     const Operands<T>& o, int64_t first, int64_t end, int64_t stride, Arithmetic<T> total, const Scale& scale,
     const Add& add) {
   using A = Arithmetic<T>;
-  Packed<T, V> packed_g[kFlight];
-  Packed<T, V> packed_x[kFlight];
-  Packed<T, V> packed_y[kFlight];
+  Packed<T, V> packed_g[Flight];
+  Packed<T, V> packed_x[Flight];
+  Packed<T, V> packed_y[Flight];
 #pragma unroll
-  for (int i = 0; i < kFlight; ++i) {
+  for (int i = 0; i < Flight; ++i) {
     int64_t at = first + i * stride;
     if (at < end) {
       packed_g[i].load(o.grad + at);
@@ -73,7 +74,7 @@ __device__ __forceinline__ void backward_vectors(
     }
   }
 #pragma unroll
-  for (int i = 0; i < kFlight; ++i) {
+  for (int i = 0; i < Flight; ++i) {
     int64_t at = first + i * stride;
     if (at >= end) {
       continue;
@@ -150,8 +151,8 @@ __global__ void __launch_bounds__(kThreads)
     int64_t end = min(begin + kSegment, row + rows.length);
     int64_t stride = rows.lanes * V;
     A sum = 0;
-    for (int64_t at = begin + lane * V; at < end; at += stride * kFlight) {
-      backward_vectors<T, V>(
+    for (int64_t at = begin + lane * V; at < end; at += stride * kRowFlight) {
+      backward_vectors<kRowFlight, T, V>(
           o, at, end, stride, static_cast<A>(source.total), [&](int) { return s; }, [&](int, A x) { sum += x; });
     }
     total += static_cast<double>(sum);
@@ -194,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) backward_pixels_kernel(
     int64_t first = slice * per_slice;
     int64_t end = min(first + per_slice, pixels) * channels;
     int64_t stride = lines * channels;
-    for (int64_t at = (first + line) * channels + channel; at < end; at += stride * kFlight) {
-      backward_vectors<T, V>(
+    for (int64_t at = (first + line) * channels + channel; at < end; at += stride * kPixelFlight) {
+      backward_vectors<kPixelFlight, T, V>(
           o, at, end, stride, static_cast<A>(source.total), [&](int k) { return s[k]; },
           [&](int k, A x) { sum[k] += x; });
     }
@@ -271,7 +272,7 @@ void launch_backward(
     bool vectors = aligned && channels % V == 0;
     int64_t groups = channels / (vectors ? V : 1);
     int width = power_of_two(groups, vectors ? kWidth<T, V> : kWidth<T, 1>);
-    int64_t at_once = static_cast<int64_t>(kFlight) * kThreads / width; // pixels
+    int64_t at_once = static_cast<int64_t>(kPixelFlight) * kThreads / width; // pixels
     uint32_t blocks = divide(blocks_of(groups, width), blocks_of(layout.outer, at_once), width * (vectors ? V : 1), kPixelBlocks);
     int64_t per_slice = blocks_of(layout.outer, sums.slices);
     auto kernel = vectors ? backward_pixels_kernel<T, V> : backward_pixels_kernel<T, 1>;
@@ -282,7 +283,7 @@ void launch_backward(
     int lanes = power_of_two(std::min(layout.inner, kSegment) / (vectors ? V : 1), 32);
     uint32_t pieces = blocks_for(layout.outer * per_row, 1); // below 2^31: a piece's number and its step fit 32 bits
     Rows rows{layout.inner, channels, static_cast<uint32_t>(per_row), pieces, static_cast<uint32_t>(lanes)};
-    uint32_t blocks = divide(channels, blocks_of(pieces, kThreads / lanes), 1, kBlocks);
+    uint32_t blocks = divide(channels, blocks_of(pieces, kThreads / lanes), 1, kRowBlocks);
     auto kernel = vectors ? backward_rows_kernel<T, V> : backward_rows_kernel<T, 1>;
     launch_kernel(kName, kernel, blocks, stream, o, rows, source, sums);
   }
