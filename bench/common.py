@@ -386,4 +386,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     head = {k: v for k, v in content.items() if k != "rows"}
     lines = ",\n".join("  " + json.dumps(row, separators=(",", ":")) for row in content["rows"])
     text = json.dumps(head, indent=1)[:-2]
-    path.write_text(f'{text},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    # Whoever is stopped in the middle leaves the file of before.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(f'{text},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    unfinished.replace(path)

@@ -16,23 +16,32 @@ ROWS: list[Row] = []
 ENVIRONMENT = environment()
 
 
-def save(config: Any) -> None:
-    """Write our JSON to the path that pytest-benchmark was given for its own."""
+PATHS: list[Path] = []  # of our JSON, if it was asked for
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark looks
+def pytest_configure(config: Any) -> None:
+    """Take the path that pytest-benchmark was given: its file has thousands of lines, and neither peers nor floors."""
     option = config.option.benchmark_json  # a path, in older releases an open file
     if option:
-        rows = [dataclasses.asdict(row) for row in ROWS]
-        path = Path(option if isinstance(option, str | Path) else option.name)
+        PATHS.append(Path(option if isinstance(option, str | Path) else option.name))
+        config.option.benchmark_json = None
+
+
+def save() -> None:
+    rows = [dataclasses.asdict(row) for row in ROWS]
+    for path in PATHS:
         write_json(path, {"environment": ENVIRONMENT, "floors": floors(), "rows": rows})
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest) -> Callable[[Any, Case], None]:
+def measure() -> Callable[[Any, Case], None]:
     """Measures a case with all its contenders, and hands its headline to pytest-benchmark as well."""
 
     def run(benchmark: Any, case: Case) -> None:
         rows, contenders = run_case(case)
         ROWS.extend(rows)
-        save(request.config)  # after each case, so that a time limit leaves what there is
+        save()  # after each case, so that a time limit leaves what there is
         (again,) = (c for c in contenders if c.name == case.headline + AGAIN)
         benchmark.group = case.operator
 
@@ -55,11 +64,10 @@ def measure(request: pytest.FixtureRequest) -> Callable[[Any, Case], None]:
     return run
 
 
-@pytest.hookimpl(trylast=True)  # pytest-benchmark writes its file in this hook
-def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's tables
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not ROWS:
         return
     terminalreporter.section("rows: medians in microseconds")
     terminalreporter.write_line(f"floors: {floors()}")
     terminalreporter.write_line(rows_table(ROWS))
-    save(config)  # again: pytest-benchmark's own file has thousands of lines, and neither peers nor floors

@@ -86,7 +86,7 @@ class HostClock:
 class DeviceClock(HostClock):
     """Time between two events on the device, the calls queued as fast as the host can."""
 
-    HEAD_START = 500_000  # cycles of the device, some 300 us
+    HEAD_START = 2_000_000  # cycles of the device, some 1.1 ms: a slow host's first backward pass takes half of that
 
     def __init__(self, contender: Contender) -> None:
         super().__init__(contender)

@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,29 @@ def test_operator_benchmarks_give_rows_with_floors_and_peers(tmp_path):
         assert not row["left_out"]
         assert row["headline"] in row["contenders"]
         assert any(not c["ours"] for c in row["contenders"].values())
+
+
+def test_an_interrupted_benchmark_leaves_its_rows_so_far(tmp_path):
+    path = tmp_path / "rows.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "manpp_kernels.cli", "bench", "--quick", "--json", str(path)],
+        cwd=ROOT,
+        env={**os.environ, **QUICK, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that all of its processes hear of the interrupt, as from a terminal
+    )
+    begin = time.monotonic()
+    while not path.exists() and process.poll() is None and time.monotonic() - begin < 120:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out[-3000:]
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["operator"] for row in rows} == {"detach_copy"}  # the first
+    assert "rows: medians in microseconds" in out
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_host_cost(bench, tmp_path, capsys):

@@ -53,4 +53,9 @@ def run(args: argparse.Namespace) -> int:
     own = Path(manpp_kernels.__file__).resolve().parents[1]
     paths = os.pathsep.join([str(own), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, **({"MANPP_BENCH_QUICK": "1"} if args.quick else {})}
-    return subprocess.call([*command, *map(str, chosen)], cwd=folder, env=environment)
+    process = subprocess.Popen([*command, *map(str, chosen)], cwd=folder, env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # of which pytest has heard as well, and shows what it has
+        process.wait()
+        raise
