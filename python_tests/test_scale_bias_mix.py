@@ -244,6 +244,65 @@ def test_keeps_and_computes_no_more_than_asked_for(target: Target, wanted: tuple
     assert [t.grad is not None for t in inputs] == list(wanted)
 
 
+def _short(out: Tensor) -> bool:
+    """Whether the mix took the short way into autograd's graph."""
+    return "_Mix" in type(out.grad_fn).__name__
+
+
+def test_the_common_case_takes_the_short_way(target: Target) -> None:
+    lb, ema = torch.randn(2, 2, 3, 4, device=target.device).unbind()
+    for scale in (torch.ones((), device=target.device), torch.rand(3, device=target.device)):
+        assert _short(scale_bias_mix(lb, ema, scale.requires_grad_())) == (target.backend in ("cpu", "cuda"))
+        assert _short(scale_bias_mix(lb.clone().requires_grad_(), ema, scale.detach())) == (
+            target.backend in ("cpu", "cuda")
+        )
+    with torch.no_grad():
+        assert not scale_bias_mix(lb, ema, scale).requires_grad
+    assert not scale_bias_mix(lb, ema, scale.detach()).requires_grad
+    with torch.inference_mode():
+        assert scale_bias_mix(lb, ema, scale).is_inference()
+
+
+@pytest.mark.parametrize("scale_shape", [(), (3,)], ids=str)
+def test_what_is_not_common_takes_the_long_way_to_the_same(target: Target, scale_shape: tuple[int, ...]) -> None:
+    lb, ema = torch.randn(2, 2, 3, 4, device=target.device).unbind()
+    scale = torch.rand(scale_shape, device=target.device) + 0.5
+    uncommon = {
+        "lb_out lazily negated": (torch._neg_view(-lb), ema, scale),
+        "ema_out lazily negated": (lb, torch._neg_view(-ema), scale),
+        "scale lazily negated": (lb, ema, torch._neg_view(-scale)),
+        "of two dtypes": (lb.double(), ema, scale),
+        "without elements": (lb[:, :, :0], ema[:, :, :0], scale),
+    }
+    for case, inputs in uncommon.items():
+        a, b, s = (t.detach().requires_grad_() for t in inputs)
+        out = scale_bias_mix(a, b, s)
+        assert not _short(out), case
+        torch.testing.assert_close(out, mix(a, b, s, 2.0)[0].to(out.dtype), msg=case)
+        (got,) = torch.autograd.grad(out, s, torch.ones_like(out))
+        exact = mix_gradients(torch.ones_like(out), a, b, s, 2.0)["scale"][0]
+        torch.testing.assert_close(got, exact.to(got.dtype), msg=case)
+
+
+def test_gradients_that_are_not_plain(target: Target) -> None:
+    """Lazily negated, expanded, several at once: what reaches a backward pass is up to others."""
+    lb, ema = torch.randn(2, 2, 3, 4, device=target.device).unbind()
+    scale = torch.rand(3, device=target.device)
+    inputs = [t.detach().requires_grad_() for t in (lb, ema, scale)]
+    grad = torch.randn(2, 3, 4, device=target.device)
+    exact = torch.autograd.grad(scale_bias_mix(*inputs), inputs, grad)
+    negated = torch.autograd.grad(scale_bias_mix(*inputs), inputs, torch._neg_view(-grad))
+    assert all(torch.equal(a, b) for a, b in zip(negated, exact, strict=True))
+    expanded = torch.autograd.grad(scale_bias_mix(*inputs).sum(), inputs)
+    ones = torch.autograd.grad(scale_bias_mix(*inputs), inputs, torch.ones_like(grad))
+    for a, b in zip(expanded, ones, strict=True):
+        torch.testing.assert_close(a, b)
+    both = torch.stack([grad, 2 * grad])
+    several = torch.autograd.grad(scale_bias_mix(*inputs), inputs, both, is_grads_batched=True)
+    for batch, one in zip(several, exact, strict=True):
+        torch.testing.assert_close(batch, torch.stack([one, 2 * one]))
+
+
 def test_backward_is_deterministic(target: Target) -> None:
     lb, ema, grad = torch.randn(3, 16, 33, 15, 17, device=target.device).unbind()
     for scale_shape in ((), (33,)):
