@@ -51,9 +51,13 @@ def detach_copy(
         In a compiled function they are raised when it is traced: arguments of it that overlap in a later call alone,
         and overlapping tensors with gaps, are not noticed there.
     """
-    compiling = torch.compiler.is_compiling()
-    if out is not None and dtype is None and memory_format is None and not compiling and _common_case(x, out):
-        return out
+    if not torch.compiler.is_compiling():
+        if out is None:
+            new = _new_in_common_case(x, dtype, memory_format)
+            if new is not None:
+                return new
+        elif dtype is None and memory_format is None and _into_in_common_case(x, out):
+            return out
     check_tensor("x", x)
     check_options(x, dtype, memory_format)
     x = x.detach()
@@ -63,8 +67,7 @@ def detach_copy(
         if by_pytorch:
             return x.to(dtype=dtype or x.dtype, memory_format=layout, copy=True)
         new = torch.empty_like(x, dtype=dtype, memory_format=layout)
-        if compiling or not _common_case(x, new):
-            _copy(x.device, x, new)
+        _copy(x.device, x, new)
         return new
     _check_out(x, out, dtype, memory_format)
     if by_pytorch:
@@ -75,21 +78,37 @@ def detach_copy(
 
 def _common_case(x: Tensor, out: Tensor) -> bool:
     """Makes the copy where a compiled backend can, checking as it goes; False, with nothing written, elsewhere."""
-    if (
-        type(x) not in PLAIN
-        or type(out) not in PLAIN
-        or not undisturbed()
-        or not backends.compiled_for(x)
-        or (out.requires_grad and torch.is_grad_enabled())
-    ):
+    if type(x) not in PLAIN or type(out) not in PLAIN or not undisturbed() or not backends.compiled_for(x):
         return False
     try:
         done: bool = _copy_checked(x.detach() if x.requires_grad else x, out)
     except NotImplementedError:  # sparse tensors
         return False
-    if done:
-        torch._C._increment_version([out])
     return done
+
+
+def _into_in_common_case(x: Tensor, out: Tensor) -> bool:
+    if not isinstance(out, Tensor) or (out.requires_grad and torch.is_grad_enabled()) or not _common_case(x, out):
+        return False
+    torch._C._increment_version([out])
+    return True
+
+
+def _new_in_common_case(
+    x: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None
+) -> Tensor | None:
+    """A new copy, under the same conditions; None elsewhere."""
+    if (
+        type(x) not in PLAIN
+        or x.layout is not torch.strided
+        or x.dtype not in _checks.EMA_DTYPES
+        or (dtype is not None and dtype not in _checks.EMA_DTYPES)
+        or (memory_format is not None and (memory_format is not torch.channels_last or x.dim() != 4))
+    ):
+        return None
+    layout = torch.preserve_format if memory_format is None else memory_format
+    new = torch.empty_like(x, dtype=dtype, memory_format=layout, requires_grad=False)
+    return new if _common_case(x, new) else None
 
 
 # How many dimensions a tensor has to have to be laid out so; the other formats take any.
