@@ -247,10 +247,12 @@ README_STEPS = {
         "captured: end to end": "e2e, CUDA graph",
         "captured: end to end, recomputed": "e2e, checkpointed, CUDA graph",
         "captured: end to end, compiled": "e2e, compiled, CUDA graph",
+        "captured: end to end, recomputed, compiled": "e2e, checkpointed, compiled, CUDA graph",
         "captured: DGL": "dgl, narrow head, CUDA graph",
         "captured: DGL, 3 streams": "dgl, narrow head, CUDA graph, 3 streams",
         "captured: DGL, 4 blocks": "dgl, narrow head, 4 blocks, CUDA graph",
         "captured: DGL, 4 blocks, recomputed": "dgl, narrow head, 4 blocks, checkpointed, CUDA graph",
+        "captured: DGL, 4 blocks, compiled": "dgl, narrow head, 4 blocks, compiled, CUDA graph",
         "captured: DGL, 4 blocks, compiled, 2 streams": "dgl, narrow head, 4 blocks, compiled, CUDA graph, 2 streams",
         "captured: DGL, 4 blocks, recomputed, compiled": (
             "dgl, narrow head, 4 blocks, checkpointed, compiled, CUDA graph"

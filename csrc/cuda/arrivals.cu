@@ -21,7 +21,7 @@ namespace manpp::cuda {
 
 namespace {
 
-// Of streams and captures together: 1 MB, for 256 owners of the largest reductions, or 2^18 of a single sum. Launches of
+// Of streams and captures together: 1 MB, for 256 owners of the largest reductions, or 2^18 of a sum in one step. Launches of
 // those past it have their counters cleared ahead of each.
 constexpr uint32_t kCounters = 256 * kMostArrivals;
 

@@ -16,7 +16,7 @@ constexpr int kRowFlight = 2;
 constexpr int kPixelFlight = 4;
 constexpr int64_t kSegment = 512; // elements of a row that up to a warp takes at a time
 // Blocks of a launch that sums, at most: many times what the largest GPUs run at once, so that they end together. Each
-// leaves a share for every sum it has a part in, of pixels many: these are at most 2 % of a map that has as many blocks.
+// leaves a share for every sum it has a part in, of pixels many: at most 2.5 % of the bytes of the five maps.
 constexpr int64_t kRowBlocks = 65536;
 constexpr int64_t kPixelBlocks = 32768;
 

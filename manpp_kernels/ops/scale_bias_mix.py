@@ -98,7 +98,7 @@ def _double_backward(ctx: Any, gg_lb: Tensor | None, gg_ema: Tensor | None, gg_s
 
 
 class _Mix(torch.autograd.Function):
-    """The common case in autograd's graph: of an operator registered there the Python around it takes twice as long."""
+    """The common case in autograd's graph: the Python around a formula that is registered there takes longer."""
 
     @staticmethod
     def forward(ctx: Any, lb_out: Tensor, ema_out: Tensor, scale: Tensor, total: float) -> Tensor | None:
