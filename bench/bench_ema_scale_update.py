@@ -89,7 +89,7 @@ def cases() -> Iterator[Case]:
     sizes = ON_CUDA if DEVICE.type == "cuda" else ON_CPU
     for kind in (FP32, WEIGHTS):
         yield _case(SMALL, kind, resident=True)
-    # The small one last: its peers are compiled, which takes a minute, and where time is short the large ones are the goal.
+    # The small one last: its peers take a minute to compile, and where time is short the large ones are the goal.
     for size in (*sizes[1:], sizes[0]):
         for kind in (FP32, WEIGHTS, BF16, STOCHASTIC, FROM_BF16, WEIGHTS_FROM_BF16):
             yield _case(size, kind)

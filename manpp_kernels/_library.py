@@ -97,6 +97,7 @@ def checked_operator(name: str, signature: str, *, declined: Any) -> Callable[..
 _modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state  # by torch.jit, which takes no operator that returns a bool
 _forward_ad = torch.autograd.forward_ad
+_included, _PRE_DISPATCH = torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
 
 
 def in_transform() -> bool:
@@ -119,7 +120,8 @@ PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements elsewhe
 
 def undisturbed() -> bool:
     """Whether no mode and no transform wants a say in what is called."""
-    return not _modes() and not transformed() and _tracing() is None
+    # Of the modes, those that trace a function before it reaches autograd are kept elsewhere.
+    return not _modes() and not transformed() and _tracing() is None and not _included(_PRE_DISPATCH)
 
 
 def compiled_serves(first: Sequence[Tensor], *others: Sequence[Tensor]) -> bool:

@@ -307,6 +307,7 @@ DETACH_COPY: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], s
     "dtype quantized": ((X,), {"dtype": torch.qint8}, TypeError, r"dtype .*torch\.qint8"),
     "dtype complex": ((X,), {"dtype": torch.cdouble}, TypeError, "complex128"),
     "dtype no dtype": ((X,), {"dtype": "float32"}, TypeError, "dtype .*str"),
+    "dtype an array": ((X,), {"dtype": np.ones(3)}, TypeError, "dtype .*ndarray"),
     "memory_format no format": ((X,), {"memory_format": "channels_last"}, TypeError, "memory_format .*str"),
     "channels_last of two dimensions": (
         (X,),

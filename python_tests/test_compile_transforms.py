@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from manpp_kernels import detach_copy, ema_scale_update, scale_bias_mix
 
@@ -128,3 +129,34 @@ def test_without_a_transform_the_graph_has_the_operators() -> None:
     assert len(graphs) == 1
     for operator in ("ema_scale_update", "detach_copy", "scale_bias_mix"):
         assert f"manpp_kernels.{operator}.default" in graphs[0]
+
+
+def _updated(ema: Tensor, params: Tensor) -> Tensor:
+    ema = ema.detach().clone()
+    ema_scale_update(ema, params.detach(), 0.5)
+    return ema + params
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("scale_bias_mix", lambda x, y: scale_bias_mix(x, y, x.sum() * 0 + 0.5)),
+        ("detach_copy", lambda x, y: detach_copy(x) + y),
+        ("detach_copy", lambda x, y: detach_copy(x, torch.zeros(3, 4)) + y),
+        ("ema_scale_update", _updated),
+    ],
+    ids=["mix", "new copy", "copy", "update"],
+)
+def test_a_traced_graph_has_the_operators_of_the_package(name: str, function: Any, pre_dispatch: bool) -> None:
+    """And none that serves calls outside of graphs alone, which autograd passes by."""
+    inputs = [torch.randn(3, 4).requires_grad_() for _ in range(2)]
+    graph = make_fx(function, pre_dispatch=pre_dispatch)(*inputs)
+    called = [str(node.target) for node in graph.graph.nodes if "manpp_kernels" in str(node.target)]
+    assert called == [f"manpp_kernels.{name}.default"]
+    assert sum("empty" in str(node.target) for node in graph.graph.nodes) <= 1
+    exact = function(*inputs)
+    again = graph(*inputs)
+    assert torch.equal(again, exact)
+    if pre_dispatch:
+        assert again.requires_grad == exact.requires_grad

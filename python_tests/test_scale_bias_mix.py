@@ -116,6 +116,12 @@ def test_a_scale_of_one_entry_is_a_scalar(target: Target) -> None:
     assert torch.equal(out, scale_bias_mix(lb, ema, scale.detach()[0]))
     (got,) = torch.autograd.grad(out.sum(), scale)
     torch.testing.assert_close(got, (lb - ema).sum().reshape(1))
+    # Of one channel it is the scale of that, and the same; in whatever order the elements lie, and not by a copy.
+    lb, ema, grad = (t.permute(2, 0, 1).unsqueeze(1) for t in torch.randn(3, 3, 5, 4, device=target.device))
+    scalar = scale.detach()[0].requires_grad_()
+    (of_one,) = torch.autograd.grad(scale_bias_mix(lb, ema, scale), scale, grad)
+    (of_all,) = torch.autograd.grad(scale_bias_mix(lb, ema, scalar), scalar, grad)
+    assert torch.equal(of_one, of_all.reshape(1))
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -301,6 +307,17 @@ def test_gradients_that_are_not_plain(target: Target) -> None:
     several = torch.autograd.grad(scale_bias_mix(*inputs), inputs, both, is_grads_batched=True)
     for batch, one in zip(several, exact, strict=True):
         torch.testing.assert_close(batch, torch.stack([one, 2 * one]))
+
+
+def test_compiled_autograd_traces_the_backward_pass(target: Target) -> None:
+    inputs = [torch.randn(2, 3, 4, device=target.device).requires_grad_() for _ in range(2)]
+    inputs.append(torch.rand(3, device=target.device).requires_grad_())
+    exact = torch.autograd.grad(scale_bias_mix(*inputs).sum(), inputs)
+    out = scale_bias_mix(*inputs).sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        out.backward()
+    for t, g in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(t.grad, g)
 
 
 def test_backward_is_deterministic(target: Target) -> None:

@@ -76,10 +76,11 @@ def detach_copy(
     return out
 
 
-def _common_case(x: Tensor, out: Tensor) -> bool:
-    """Makes the copy where a compiled backend can, checking as it goes; False, with nothing written, elsewhere."""
-    if type(x) not in PLAIN or type(out) not in PLAIN or not undisturbed() or not backends.compiled_for(x):
-        return False
+def _compiled_serves(x: Tensor) -> bool:
+    return type(x) in PLAIN and undisturbed() and backends.compiled_for(x)
+
+
+def _copied(x: Tensor, out: Tensor) -> bool:
     try:
         done: bool = _copy_checked(x.detach() if x.requires_grad else x, out)
     except NotImplementedError:  # sparse tensors
@@ -88,7 +89,13 @@ def _common_case(x: Tensor, out: Tensor) -> bool:
 
 
 def _into_in_common_case(x: Tensor, out: Tensor) -> bool:
-    if not isinstance(out, Tensor) or (out.requires_grad and torch.is_grad_enabled()) or not _common_case(x, out):
+    """Makes the copy where a compiled backend can, checking as it goes; False, with nothing written, elsewhere."""
+    if (
+        not _compiled_serves(x)
+        or type(out) not in PLAIN
+        or (out.requires_grad and torch.is_grad_enabled())
+        or not _copied(x, out)
+    ):
         return False
     torch._C._increment_version([out])
     return True
@@ -97,18 +104,18 @@ def _into_in_common_case(x: Tensor, out: Tensor) -> bool:
 def _new_in_common_case(
     x: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None
 ) -> Tensor | None:
-    """A new copy, under the same conditions; None elsewhere."""
+    """A new copy, where a compiled backend can make it; None elsewhere."""
     if (
-        type(x) not in PLAIN
+        not _compiled_serves(x)
         or x.layout is not torch.strided
         or x.dtype not in _checks.EMA_DTYPES
-        or (dtype is not None and dtype not in _checks.EMA_DTYPES)
+        or (dtype is not None and (type(dtype) is not torch.dtype or dtype not in _checks.EMA_DTYPES))
         or (memory_format is not None and (memory_format is not torch.channels_last or x.dim() != 4))
     ):
         return None
     layout = torch.preserve_format if memory_format is None else memory_format
     new = torch.empty_like(x, dtype=dtype, memory_format=layout, requires_grad=False)
-    return new if _common_case(x, new) else None
+    return new if type(new) is Tensor and _copied(x, new) else None
 
 
 # How many dimensions a tensor has to have to be laid out so; the other formats take any.

@@ -109,7 +109,8 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # for a second derivative, which the operator in autograd's graph has
+        # For a second derivative, which the operator in autograd's graph has, and where the compiler traces this.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _backward(ctx, grad)
         with torch._C._AutoDispatchBelowAutograd():
             return _backward(ctx, grad)
