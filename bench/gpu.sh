@@ -4,7 +4,7 @@
 #   bench/gpu.sh [--device cpu] [--quick] [PART...]
 #
 # Parts: build doctor tests sanitizer large micro host variants training fashion (all of them by default, in this order).
-# micro is micro-ema, micro-mix and micro-copy. dense (segmentation and detection) comes when it is asked for.
+# micro is micro-ema, micro-mix and micro-copy. dense (segmentation and detection) and mix-variants come when asked for.
 # Nothing is downloaded. Wanted: Python with torch, triton, pybind11, pytest, pytest-benchmark, hypothesis, expecttest, timm,
 # matplotlib; nvcc, cmake, ninja.
 # Results go to $OUT (./out by default): a JSON file for each benchmark, and the logs of all parts in logs.tar.gz.
@@ -90,6 +90,7 @@ prewarm_training() {
 micro() { "$PYTHON" -m manpp_kernels.cli bench "$1" --json "$OUT/$1.json" ${MANPP_BENCH_QUICK:+--quick}; }
 host() { "$PYTHON" bench/host_cost.py --json "$OUT/host_cost.json"; }
 variants() { "$PYTHON" bench/ema_variants.py --json "$OUT/ema_variants.json"; }
+mix_variants() { "$PYTHON" bench/mix_variants.py --json "$OUT/mix_variants.json"; }
 # Traced anew in every process, compiled variants take a minute or two to make ready though their code is in Inductor's
 # cache: what does not come up in time is left out, so that the others are timed within the part's limit.
 training() { "$PYTHON" bench/training.py --prepare 70 --json "$OUT/training.json"; }
@@ -153,6 +154,7 @@ tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 { wants micro || wants micro-copy; } && part 70 micro-copy micro detach_copy
 wants host && part 40 host host
 wants variants && [ "$DEVICE" = cuda ] && part 60 variants variants
+wants mix-variants && [ "$DEVICE" = cuda ] && part 120 mix-variants mix_variants
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 wants training && part 140 training training
 wants dense && part 90 dense dense

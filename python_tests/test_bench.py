@@ -111,6 +111,20 @@ def test_variants_of_the_ema_kernel_compile(bench, tmp_path):
         assert hasattr(ctypes.CDLL(str(library)), name)
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_variants_of_the_mix_compile(bench, tmp_path):
+    variants = bench("mix_variants")
+    sources = variants.write_sources(tmp_path / "some", variants.constants_of("kTeam=8,kPixelFlight=1"))
+    assert "kTeam = 8;" in (sources / "cuda/reduce.cuh").read_text()
+    library = variants.compile_library(sources, "mix_variant_of_a_test", "sm_90")
+    assert "scale_bias_mix_backward(Tensor grad" in str(variants.load(library, "mix_variant_of_a_test")._schema)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("mix_variant_of_a_test::scale_bias_mix_backward", "CUDA")
+    with pytest.raises(ValueError, match="define the constant kNone 0 times"):
+        variants.write_sources(tmp_path / "none", {"kNone": 1})
+    for usual in variants.USUAL:
+        variants.write_sources(tmp_path / usual, variants.constants_of(usual))
+
+
 def test_pieces_of_a_variant_cover_every_element(bench):
     variants = bench("ema_variants")
     inputs = bench("ema_contenders").make_inputs([(1000,), (0,), (512,), (3,)], variants.FP32, 1)
