@@ -4,7 +4,8 @@
 #   bench/gpu.sh [--device cpu] [--quick] [PART...]
 #
 # Parts: build doctor tests sanitizer large micro host variants training fashion (all of them by default, in this order).
-# micro is micro-ema, micro-mix and micro-copy. dense (segmentation and detection) and mix-variants come when asked for.
+# micro is micro-ema, micro-mix and micro-copy. Only when asked for: dense (segmentation and detection), mix-variants, and
+# counters (what the hardware counts, by ncu).
 # Nothing is downloaded. Wanted: Python with torch, triton, pybind11, pytest, pytest-benchmark, hypothesis, expecttest, timm,
 # matplotlib; nvcc, cmake, ninja.
 # Results go to $OUT (./out by default): a JSON file for each benchmark, and the logs of all parts in logs.tar.gz.
@@ -91,6 +92,7 @@ micro() { "$PYTHON" -m manpp_kernels.cli bench "$1" --json "$OUT/$1.json" ${MANP
 host() { "$PYTHON" bench/host_cost.py --json "$OUT/host_cost.json"; }
 variants() { "$PYTHON" bench/ema_variants.py --json "$OUT/ema_variants.json"; }
 mix_variants() { "$PYTHON" bench/mix_variants.py --json "$OUT/mix_variants.json"; }
+counters() { "$PYTHON" bench/counters.py --json "$OUT/counters.json"; }
 # Traced anew in every process, compiled variants take a minute or two to make ready though their code is in Inductor's
 # cache: what does not come up in time is left out, so that the others are timed within the part's limit.
 training() { "$PYTHON" bench/training.py --prepare 70 --json "$OUT/training.json"; }
@@ -155,6 +157,7 @@ tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 wants host && part 40 host host
 wants variants && [ "$DEVICE" = cuda ] && part 60 variants variants
 wants mix-variants && [ "$DEVICE" = cuda ] && part 120 mix-variants mix_variants
+wants counters && [ "$DEVICE" = cuda ] && part 120 counters counters
 tar -czf "$OUT/logs.tar.gz" -C "$LOGS" .
 wants training && part 140 training training
 wants dense && part 90 dense dense

@@ -138,6 +138,31 @@ def test_pieces_of_a_variant_cover_every_element(bench):
     ]
 
 
+def test_counters_watch_cases_that_there_are(tmp_path):
+    code = "import manpp_kernels; manpp_kernels.available = lambda: ['cuda', 'eager']; import counters; "
+    code += "print(sum(counters.find(work).moved > 0 for work in counters.WORKS) == len(counters.WORKS))"
+    environment = {**os.environ, "MANPP_BENCH_DEVICE": "cuda", "PYTHONPATH": f"{BENCH}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_counters_are_read_by_kernel_and_work(bench):
+    counters = bench("counters")
+    head = '"ID","Process ID","Process Name","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
+    lines = ["==PROF== Connected to process 7", head]
+    for number, name in enumerate(("spin_kernel", "typed_kernel", "spin_kernel", "lerp", "mul")):
+        for metric in counters.METRICS:
+            value = f"{1 + number},000.5" if metric == "gpu__time_duration.sum" else str(10 * number)
+            lines.append(f'"{number}","7","python","{name}","Command line profiler metrics","{metric}","u","{value}"')
+    found = counters.parse("\n".join(lines))
+    assert [[kernel["kernel"] for kernel in kernels] for kernels in found] == [["typed_kernel"], ["lerp", "mul"]]
+    assert found[0][0]["nanoseconds"] == 2000.5
+    assert found[1][1]["memory_percent"] == 40
+    row = {"work": "update", "size": "2", "dtypes": "fp32", "contender": "foreach", "bytes_needed": 4e6}
+    shown = counters.table([{**row, "kernels": found[1]}]).splitlines()[1].split()
+    assert shown[-8:] == ["2", "9.0", "4", "0", "36%", "36%", "36%", "36%"]
+
+
 def test_training(bench, tmp_path, capsys):
     path = tmp_path / "training.json"
     assert bench("training").main(["--json", str(path)]) == 0
