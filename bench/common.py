@@ -359,6 +359,23 @@ def text_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     )
 
 
+def write_rows(path: Path | None, rows: Iterable[Row], facts: dict[str, Any] | None = None) -> None:
+    """The rows so far, where they are to be kept; ``facts`` are those of the environment, if it was asked before."""
+    if path is not None:
+        content = {"environment": facts or environment(), "floors": floors()}
+        write_json(path, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
+
+
+def contenders_table(rows: Iterable[Row]) -> str:
+    """One line a row: the time of every contender, the fastest first."""
+    lines = []
+    for r in rows:
+        times = sorted(r.contenders.items(), key=lambda item: item[1]["us"])
+        names = "; ".join(f"{name} {show_time(c['us'])}" for name, c in times)
+        lines.append(f"{r.size}, {r.dtypes}, {r.mode}: {names}")
+    return "\n".join(lines)
+
+
 def rows_table(rows: Iterable[Row]) -> str:
     """One line a row: our time, its spread, the floor and our time over it, and the fastest peer."""
     lines = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import AGAIN, DEVICE, QUICK, Case, Row, environment, floors, rows_table, run_case, write_json
+from common import AGAIN, DEVICE, QUICK, Case, Row, environment, floors, rows_table, run_case, write_rows
 
 ROWS: list[Row] = []
 ENVIRONMENT = environment()
@@ -29,9 +28,8 @@ def pytest_configure(config: Any) -> None:
 
 
 def save() -> None:
-    rows = [dataclasses.asdict(row) for row in ROWS]
     for path in PATHS:
-        write_json(path, {"environment": ENVIRONMENT, "floors": floors(), "rows": rows})
+        write_rows(path, ROWS, ENVIRONMENT)
 
 
 @pytest.fixture

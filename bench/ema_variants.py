@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import functools
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 from bench_ema_scale_update import FP32, ON_CUDA
-from common import DEVICE, Case, Row, environment, floors, rows_table, run_case, show_time, write_json
+from common import DEVICE, Case, Row, contenders_table, rows_table, run_case, write_rows
 from ema_contenders import MOMENTUM, Inputs, headline, make_inputs, ours
 from tensors import SIZES, elements
 from timing import Call, Contender
@@ -112,13 +111,9 @@ def main(argv: list[str] | None = None) -> int:
         library = ctypes.CDLL(str(compile_library(Path(folder), architecture)))
         for size in ON_CUDA:
             rows += run_case(case(library, size))[0]
-            if args.json is not None:
-                content = {"environment": environment(), "floors": floors()}
-                write_json(args.json, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
+            write_rows(args.json, rows)
     print(rows_table(rows))
-    for row in rows:
-        times = sorted(row.contenders.items(), key=lambda item: item[1]["us"])
-        print(f"{row.size}, {row.mode}: " + "; ".join(f"{name} {show_time(c['us'])}" for name, c in times))
+    print(contenders_table(rows))
     return 0
 
 

@@ -8,7 +8,6 @@ A variant gives other values to constants of csrc/cuda/scale_bias_mix_backward.c
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import re
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from bench_scale_bias_mix import TOTAL, Variant, make_inputs
-from common import DEVICE, ROOT, Case, Row, environment, floors, rows_table, run_case, show_time, write_json
+from common import DEVICE, ROOT, Case, Row, contenders_table, rows_table, run_case, write_rows
 from feature_maps import FORMATS, LARGE, MAPS, elements
 from timing import Contender
 
@@ -135,14 +134,9 @@ def main(argv: list[str] | None = None) -> int:
         sizes = [LARGE, *(name for name in MAPS if name != LARGE)]
         for maps in itertools.product(sizes, (torch.float32, torch.bfloat16), FORMATS, (False, True)):
             rows += run_case(case(operators, Variant(*maps)))[0]
-            if args.json is not None:
-                content = {"environment": environment(), "floors": floors()}
-                write_json(args.json, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
+            write_rows(args.json, rows)
     print(rows_table(rows))
-    for row in rows:
-        times = sorted(row.contenders.items(), key=lambda item: item[1]["us"])
-        where = f"{row.size}, {row.dtypes}, {row.mode}: "
-        print(where + "; ".join(f"{name} {show_time(c['us'])}" for name, c in times))
+    print(contenders_table(rows))
     return 0
 
 
