@@ -273,7 +273,8 @@ void launch_backward(
     int64_t groups = channels / (vectors ? V : 1);
     int width = power_of_two(groups, vectors ? kWidth<T, V> : kWidth<T, 1>);
     int64_t at_once = static_cast<int64_t>(kPixelFlight) * kThreads / width; // pixels
-    uint32_t blocks = divide(blocks_of(groups, width), blocks_of(layout.outer, at_once), width * (vectors ? V : 1), kPixelBlocks);
+    uint32_t blocks =
+        divide(blocks_of(groups, width), blocks_of(layout.outer, at_once), width * (vectors ? V : 1), kPixelBlocks);
     int64_t per_slice = blocks_of(layout.outer, sums.slices);
     auto kernel = vectors ? backward_pixels_kernel<T, V> : backward_pixels_kernel<T, 1>;
     launch_kernel(kName, kernel, blocks, stream, o, layout.outer, per_slice, channels, width, source, sums);
