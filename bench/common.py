@@ -63,7 +63,12 @@ def _version(module: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the figures depend on; the load of the minute before."""
+    return {**_facts(), "load": round(os.getloadavg()[0], 2)}
+
+
+@functools.cache
+def _facts() -> dict[str, Any]:
     told = os.environ.get("MANPP_COMMIT")  # of a tree that came without its history
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -73,7 +78,6 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": ALL_THREADS,
-        "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -359,10 +363,10 @@ def text_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     )
 
 
-def write_rows(path: Path | None, rows: Iterable[Row], facts: dict[str, Any] | None = None) -> None:
-    """The rows so far, where they are to be kept; ``facts`` are those of the environment, if it was asked before."""
+def write_rows(path: Path | None, rows: Iterable[Row]) -> None:
+    """The rows so far, where they are to be kept."""
     if path is not None:
-        content = {"environment": facts or environment(), "floors": floors()}
+        content = {"environment": environment(), "floors": floors()}
         write_json(path, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
 
 

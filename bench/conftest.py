@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from common import AGAIN, DEVICE, QUICK, Case, Row, environment, floors, rows_table, run_case, write_rows
+from common import AGAIN, DEVICE, QUICK, Case, Row, floors, rows_table, run_case, write_rows
 
 ROWS: list[Row] = []
-ENVIRONMENT = environment()
 
 
 PATHS: list[Path] = []  # of our JSON, if it was asked for
@@ -29,7 +28,7 @@ def pytest_configure(config: Any) -> None:
 
 def save() -> None:
     for path in PATHS:
-        write_rows(path, ROWS, ENVIRONMENT)
+        write_rows(path, ROWS)
 
 
 @pytest.fixture

@@ -157,14 +157,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH")
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.run:
+        run()
+        return 0
     ncu = shutil.which("ncu")
-    if DEVICE.type != "cuda" or (ncu is None and not args.run):
+    if DEVICE.type != "cuda" or ncu is None:
         missing = "a GPU" if DEVICE.type != "cuda" else "ncu, which the CUDA toolkit has"
         print(f"counters.py: this needs {missing}", file=sys.stderr)
         return 1
-    if args.run or ncu is None:
-        run()
-        return 0
     kernels = profile(ncu)
     if len(kernels) != len(WORKS):
         raise RuntimeError(f"ncu saw {len(kernels)} of {len(WORKS)} works")

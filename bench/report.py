@@ -66,7 +66,7 @@ def environment_line(e: dict[str, Any]) -> str:
         parts += [f"{e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}"]
     parts += [f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads", f"Python {e['python']}, torch {e['torch']}"]
     parts += [f"{name} {e[name]}" for name in ("triton", "timm") if e.get(name)]
-    return "; ".join(parts) + f"; load at the end {e['load']}."
+    return "; ".join(parts) + f"; load average {e['load']}."
 
 
 def floors_line(floors: dict[str, Any]) -> str:

@@ -120,9 +120,8 @@ bool disjoint(std::vector<Span> written, const std::vector<Span>& read) {
 
 bool scale_fits(const Tensor& scale_tensor, const std::vector<int64_t>& groups, const Facts& first) {
   Facts scale(scale_tensor.get());
-  int64_t entries = scale.known ? scale.numel() : 0;
-  return scale.known && scale.address != nullptr && scale.dim <= 1 && scale.on_device_of(first) &&
-      (!groups.empty() || entries == 1) &&
+  int64_t entries = has_memory(scale) ? scale.numel() : 0;
+  return entries > 0 && scale.dim <= 1 && scale.on_device_of(first) && (!groups.empty() || entries == 1) &&
       std::all_of(groups.begin(), groups.end(), [&](int64_t g) { return 0 <= g && g < entries; });
 }
 
@@ -261,12 +260,8 @@ std::optional<std::vector<Entry>> ordinary_entries(const Lists& a) {
   }
 }
 
-// Owned by whom it is handed to.
 AtenTensorHandle empty_like(const Facts& x, DType type) {
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      x.dim, x.sizes, x.strides, dtype_number(type), x.device_type, x.device_index, &handle));
-  return handle;
+  return new_tensor(x.dim, x.sizes, x.strides, type, x.device_type, x.device_index);
 }
 
 // Results of bias's dtypes, laid out like the given tensors, whose addresses go into the table.

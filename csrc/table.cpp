@@ -85,20 +85,25 @@ void copy(Tensor& to, const Tensor& from) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 0));
 }
 
-// By the shim, for the same reason.
-static Tensor empty(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides) {
-  int32_t dtype = 0;
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+AtenTensorHandle new_tensor(
+    int64_t dim, const int64_t* sizes, const int64_t* strides, DType type, int32_t device_type, int32_t device_index) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, x.get_device_index(), &handle));
-  Tensor found(handle);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, dtype_number(type), device_type, device_index, &handle));
 #ifdef MANPP_EMULATION // as the tests have PyTorch fill what it hands out: what a kernel forgets to write is to show
-  std::memset(found.data_ptr(), 0xFF, static_cast<size_t>(found.numel() * element_size(dtype_of(found))));
+  void* address = nullptr;
+  int64_t numel = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &address));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &numel));
+  std::memset(address, 0xFF, static_cast<size_t>(numel * element_size(type)));
 #endif
-  return found;
+  return handle;
+}
+
+static Tensor empty(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  return Tensor(new_tensor(dim, sizes, strides, dtype_of(x), device_type, x.get_device_index()));
 }
 
 Tensor empty_with_layout(const Tensor& x, const Tensor& like) {

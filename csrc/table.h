@@ -37,6 +37,10 @@ void copy(Tensor& to, const Tensor& from);
 // A new tensor of x's dtype on x's device, with the sizes and strides of `like`.
 Tensor empty_with_layout(const Tensor& x, const Tensor& like);
 
+// An uninitialised tensor, owned by whom the handle is handed to. By the shim: the dispatcher looks operators up by name.
+AtenTensorHandle new_tensor(
+    int64_t dim, const int64_t* sizes, const int64_t* strides, DType type, int32_t device_type, int32_t device_index);
+
 // As torch.empty_like, and a tensor without elements, of x's dtype and on its device.
 Tensor new_like(const Tensor& x);
 Tensor nothing_like(const Tensor& x);

@@ -118,7 +118,12 @@ class _Mix(torch.autograd.Function):
 
 def _mix_in_common_case(lb_out: Tensor, ema_out: Tensor, scale: Tensor, total: float) -> Tensor | None:
     """The mix where a compiled backend can make it, checking as it goes; None elsewhere."""
-    if not compiled_serves((lb_out, ema_out, scale)):
+    if (
+        torch.compiler.is_compiling()
+        or type(total) is not float
+        or not math.isfinite(total)
+        or not compiled_serves((lb_out, ema_out, scale))
+    ):
         return None
     recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(lb_out, ema_out, scale)
     try:
@@ -157,10 +162,9 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
         TypeError: an argument is not a dense tensor of these dtypes, or total not a number.
         ValueError: the shapes or devices do not fit, or total is not finite.
     """
-    if type(total) is float and -math.inf < total < math.inf and not torch.compiler.is_compiling():
-        out = _mix_in_common_case(lb_out, ema_out, scale, total)
-        if out is not None:
-            return out
+    out = _mix_in_common_case(lb_out, ema_out, scale, total)
+    if out is not None:
+        return out
     for name, t in (("lb_out", lb_out), ("ema_out", ema_out), ("scale", scale)):
         _checks.check_tensor(name, t)
         if t.device != lb_out.device:
