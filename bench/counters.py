@@ -24,7 +24,7 @@ import torch
 from common import DEVICE, Case, environment, text_table, write_json
 from feature_maps import LARGE
 
-VIT, SMALL, LONG = "ViT-B, 152 tensors", "96 x 4,800", "YOLO-like, 1,188 tensors"
+VIT, SMALL, MANY, LONG = "ViT-B, 152 tensors", "96 x 4,800", "600 x 40,000", "YOLO-like, 1,188 tensors"
 
 
 class Work(NamedTuple):
@@ -46,9 +46,13 @@ WORKS = (
     Work(EMA, "update", VIT, "fp32", "foreach lerp_"),
     Work(EMA, "update + weights", VIT, "fp32", "cuda plan"),
     Work(EMA, "update + weights", VIT, "fp32", "foreach lerp_, mul, add_"),
+    Work(EMA, "update + weights", LONG, "fp32", "cuda plan"),
     Work(EMA, "weights backward", VIT, "fp32", "cuda kernel"),
+    Work(EMA, "weights backward", MANY, "fp32", "cuda kernel"),
+    Work(EMA, "weights backward", LONG, "fp32", "cuda kernel"),
     Work(MIX, "forward", LARGE, "fp32, NCHW, scalar scale", "cuda"),
     Work(MIX, "backward", LARGE, "fp32, NCHW, scalar scale", "cuda"),
+    Work(MIX, "backward", LARGE, "fp32, NCHW, scalar scale", "triton"),
     Work(MIX, "backward", LARGE, "fp32, channels_last, per-channel scale", "cuda"),
     Work(MIX, "backward", LARGE, "bf16, channels_last, per-channel scale", "cuda"),
     Work(COPY, "cast", LARGE, "bf16 to fp32, NCHW", "cuda"),
