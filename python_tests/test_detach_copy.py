@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 
@@ -122,6 +123,21 @@ def test_channels_innermost_and_the_rest_in_another_order(target: Target) -> Non
             out = torch.empty_like(x, dtype=dtype)
             assert same(detach_copy(x.contiguous(), out), x.to(dtype))
             assert out.stride() == x.stride()
+
+
+def test_the_common_case_takes_the_short_way(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past what the long way begins with, in every memory format, for a new result and a given one."""
+    long = []
+    module = importlib.import_module("manpp_kernels.ops.detach_copy")
+    monkeypatch.setattr(module, "check_tensor", lambda name, t: long.append(name))
+    image, volume = torch.randn(2, 3, 4, 5, device=target.device), torch.randn(2, 3, 4, 5, 6, device=target.device)
+    formats = (None, torch.preserve_format, torch.contiguous_format)
+    for x, own in ((image, torch.channels_last), (volume, torch.channels_last_3d)):
+        for dtype, memory_format in itertools.product((None, torch.bfloat16), (*formats, own)):
+            y = detach_copy(x, dtype=dtype, memory_format=memory_format)
+            assert same(detach_copy(x, y), x.to(dtype or x.dtype))
+            assert y.is_contiguous(memory_format=own if memory_format is own else torch.contiguous_format)
+    assert bool(long) == (target.backend not in ("cpu", "cuda"))
 
 
 def test_isolation(target: Target) -> None:

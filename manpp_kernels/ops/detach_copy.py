@@ -110,7 +110,7 @@ def _new_in_common_case(
         or x.layout is not torch.strided
         or x.dtype not in _checks.EMA_DTYPES
         or (dtype is not None and (type(dtype) is not torch.dtype or dtype not in _checks.EMA_DTYPES))
-        or (memory_format is not None and (memory_format is not torch.channels_last or x.dim() != 4))
+        or (memory_format is not None and not _fits(memory_format, x))
     ):
         return None
     layout = torch.preserve_format if memory_format is None else memory_format
@@ -120,6 +120,15 @@ def _new_in_common_case(
 
 # How many dimensions a tensor has to have to be laid out so; the other formats take any.
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
+
+
+def _fits(memory_format: torch.memory_format, x: Tensor) -> bool:
+    if type(memory_format) is not torch.memory_format:
+        return False
+    dimensions = _DIMENSIONS.get(memory_format)
+    return dimensions is None or x.dim() == dimensions
+
+
 # By name, as PyTorch means to give them up.
 _QUANTIZED = {getattr(torch, name, None) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4")}
 
@@ -145,7 +154,7 @@ def check_options(x: Tensor | None, dtype: torch.dtype | None, memory_format: to
     if memory_format is not None:
         if not isinstance(memory_format, torch.memory_format):
             raise TypeError(f"memory_format has to be a torch.memory_format, and is {type(memory_format).__name__}")
-        if x is not None and x.dim() != _DIMENSIONS.get(memory_format, x.dim()):
+        if x is not None and not _fits(memory_format, x):
             raise ValueError(
                 f"memory_format {memory_format} needs {_DIMENSIONS[memory_format]} dimensions, and x has the shape "
                 f"{tuple(x.shape)}"
