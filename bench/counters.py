@@ -1,4 +1,4 @@
-"""What the hardware counts while our kernels run, and while a copy does: how near they are to its limits, and to which.
+"""What the hardware counts while our kernels run, and while peers do: how near they are to its limits, and to which.
 
     python bench/counters.py [--json PATH]        (needs ncu from the CUDA toolkit, and leave to read the counters)
 
@@ -16,13 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from common import DEVICE, Case, environment, text_table, write_json
 from feature_maps import LARGE
+from page import COUNTED, counted
 
 VIT, SMALL, MANY, LONG = "ViT-B, 152 tensors", "96 x 4,800", "600 x 40,000", "YOLO-like, 1,188 tensors"
 
@@ -39,7 +39,6 @@ class Work(NamedTuple):
 
 EMA, MIX, COPY = "bench_ema_scale_update", "bench_scale_bias_mix", "bench_detach_copy"
 WORKS = (
-    Work(COPY, "copy", LARGE, "fp32 to fp32, NCHW", "copy_"),
     Work(EMA, "update", SMALL, "fp32", "cuda plan"),
     Work(EMA, "update", LONG, "fp32", "cuda plan"),
     Work(EMA, "update", VIT, "fp32", "cuda plan"),
@@ -133,29 +132,6 @@ def row_of(work: Work, kernels: list[dict[str, Any]]) -> dict[str, Any]:
     return {**work._asdict(), "bytes_needed": find(work).moved, "kernels": kernels}
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Sums over a work's kernels; percentages are of the time that all of them take."""
-    lines = []
-    for row in rows:
-        kernels = row["kernels"]
-        time = sum(k["nanoseconds"] for k in kernels)
-        names = [name for name in METRICS.values() if name.endswith("percent")]
-        percents = [sum(k[name] * k["nanoseconds"] for k in kernels) / time for name in names]
-        moved = sum(k["bytes_read"] + k["bytes_written"] for k in kernels)
-        lines.append(
-            [
-                f"{row['work']}, {row['size']}, {row['dtypes']}: {row['contender']}",
-                str(len(kernels)),
-                f"{time / 1e3:,.1f}",
-                f"{row['bytes_needed'] / 1e6:,.0f}",
-                f"{moved / 1e6:,.0f}",
-                *(f"{percent:.0f}%" for percent in percents),
-            ]
-        )
-    head = ["work", "kernels", "us", "MB needed", "MB moved", "memory", "L2", "multiprocessors", "occupancy"]
-    return text_table(head, lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="PATH")
@@ -170,12 +146,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"counters.py: this needs {missing}", file=sys.stderr)
         return 1
     kernels = profile(ncu)
-    if len(kernels) != len(WORKS):
-        raise RuntimeError(f"ncu saw {len(kernels)} of {len(WORKS)} works")
+    if len(kernels) != len(WORKS) or not all(kernels):
+        raise RuntimeError(f"ncu saw {len(kernels)} of {len(WORKS)} works, with {[len(k) for k in kernels]} kernels")
     rows = [row_of(work, found) for work, found in zip(WORKS, kernels, strict=True)]
     if args.json is not None:
         write_json(args.json, {"environment": environment(), "rows": rows})
-    print(table(rows))
+    print(text_table(COUNTED, [counted(row) for row in rows]))
     return 0
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from goals import Goal, fraction_of_floor, goals
-from page import mib, table
+from page import COUNTED, Results, counted, mode_of, on_gpu, table, time, title
+from readme_figures import readme_block
 from training_sections import dense_section, fashion_section, processes_section, training_section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +26,6 @@ RESULTS = ROOT / "bench" / "results"
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OPERATORS = ("ema_scale_update", "scale_bias_mix", "detach_copy")
-
-Results = dict[str, dict[str, Any]]
 
 
 def load(folder: Path) -> Results:
@@ -40,24 +39,7 @@ def devices() -> dict[str, Results]:
     return dict(sorted(((k, v) for k, v in found.items() if v), key=lambda item: not on_gpu(item[1])))
 
 
-def first_environment(results: Results) -> dict[str, Any]:
-    return next(iter(results.values()))["environment"]
-
-
-def on_gpu(results: Results) -> bool:
-    return first_environment(results)["device"].startswith("cuda")
-
-
-def title(results: Results) -> str:
-    e = first_environment(results)
-    return e["gpu"] if on_gpu(results) else f"{e['cpu']}, {e['cores']} cores"
-
-
 # Markdown
-
-
-def time(us: float) -> str:
-    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:,.0f}"
 
 
 def environment_line(e: dict[str, Any]) -> str:
@@ -78,7 +60,7 @@ def floors_line(floors: dict[str, Any]) -> str:
 
 
 def where(row: dict[str, Any], gpu: bool) -> str:
-    mode = ("captured" if row["mode"] == "graph" else "eager") if gpu else f"{row['threads']} thr."
+    mode = mode_of(row) if gpu else f"{row['threads']} thr."
     return mode + (", cached" if row["resident"] else "")
 
 
@@ -135,6 +117,14 @@ def host_section(results: dict[str, Any], gpu: bool) -> str:
     return "\n\n".join(parts)
 
 
+def counters_section(results: dict[str, Any], gpu: bool) -> str:
+    said = (
+        "Percentages are of the most that the memory, the L2 cache and the multiprocessors sustain, and of the warps "
+        "that fit on one. The times, with the caches emptied before every kernel, are no benchmark's."
+    )
+    return f"{said}\n\n{table(COUNTED, [counted(row) for row in results['rows']])}"
+
+
 def operator_section(results: dict[str, Any], gpu: bool) -> str:
     rows = results["rows"]
     parts = [
@@ -150,6 +140,7 @@ def operator_section(results: dict[str, Any], gpu: bool) -> str:
 # By file: its heading and what writes it.
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any], bool], str]]] = {
     **{name: (f"`{name}`", operator_section) for name in OPERATORS},
+    "counters": ("Hardware counters", counters_section),
     "host_cost": ("Host cost", host_section),
     "training": ("Training steps", training_section),
     "processes": ("Training steps in several processes", processes_section),
@@ -173,133 +164,6 @@ def page_block(found: dict[str, Results]) -> str:
                 if key in OPERATORS:
                     parts.append(f"![{key}](figures/{name}-{key}.png)")
     return "\n\n".join(parts) or "No results are kept yet."
-
-
-def measured_last(found: dict[str, Results]) -> list[Results]:
-    """The results of one GPU and of one CPU, those that are newest."""
-
-    def newest(results: Results) -> str:
-        return max(r.get("environment", {}).get("date", "") for r in results.values())
-
-    kinds = [[r for r in found.values() if on_gpu(r) is gpu] for gpu in (True, False)]
-    return [max(results, key=newest) for results in kinds if results]
-
-
-README_SIZES = ("96 x 4,800", "600 x 40,000", "ResNet-50, 161 tensors")
-
-
-def readme_block(found: dict[str, Results]) -> str:
-    """The few figures of the README."""
-    parts = []
-    for results in measured_last(found):
-        operators, steps = _readme_operators(results), _readme_steps(results)
-        if operators:
-            parts.append(table([title(results), "`EmaPlan`", "the fastest alternative", ""], operators))
-        if steps:
-            first = results["training"]["rows"][0]
-            kind = "memory" if on_gpu(results) else "activations"
-            what = f"{title(results)}, a step of {first['batch']} images"
-            head = [what, "ms", "of end to end", f"{kind}, MiB", "of end to end"]
-            parts.append(table(head, steps))
-        if "dense" in results:
-            first = results["dense"]["rows"][0]
-            kind = "memory" if on_gpu(results) else "activations"
-            what = f"{title(results)}, a step of {first['batch']} images of {first['side']} x {first['side']}"
-            head = [what, "ms", "of end to end", f"{kind}, MiB", "of end to end"]
-            parts.append(table(head, _readme_dense(results)))
-    return "\n\n".join(parts) or "No results are kept yet."
-
-
-def _readme_operators(results: Results) -> list[list[str]]:
-    lines = []
-    rows = results.get("ema_scale_update", {}).get("rows", [])
-    threads = max((r["threads"] for r in rows), default=1)
-    for r in rows:
-        usual = r["dtypes"] == "fp32" and not r["resident"] and r["mode"] == "eager" and r["threads"] == threads
-        if not usual or r["size"] not in README_SIZES or r["work"] == "weights backward":
-            continue
-        peers = {n: c["us"] for n, c in r["contenders"].items() if not c["ours"]}
-        best = min(peers, key=lambda n: peers[n])
-        us = peers[best]
-        lines.append(
-            [f"EMA {r['work']}, {r['size']}", f"{time(r['us'])} µs", f"{best}: {time(us)} µs", f"{us / r['us']:.1f}x"]
-        )
-    return lines
-
-
-# The training steps of the README, and what they are called there. Captured steps are compared with the captured one.
-README_STEPS = {
-    "cpu": {
-        "end to end": "e2e",
-        "end to end, recomputed": "e2e, checkpointed",
-        "DGL, 4 blocks": "dgl, narrow head, 4 blocks",
-        "DGL, 4 blocks, recomputed": "dgl, narrow head, 4 blocks, checkpointed",
-        "MAN++ as published, in plain PyTorch": "MAN++, plain PyTorch",
-        "MAN++ as published": "MAN++ activation form",
-        "MAN++, parameter form, unlocked": "MAN++ parameter form, unlocked",
-    },
-    "gpu": {
-        "end to end": "e2e",
-        "end to end, recomputed": "e2e, checkpointed",
-        "DGL, 4 blocks": "dgl, narrow head, 4 blocks",
-        "MAN++ as published, in plain PyTorch": "MAN++, plain PyTorch",
-        "MAN++ as published": "MAN++ activation form",
-        "captured: end to end": "e2e, CUDA graph",
-        "captured: end to end, recomputed": "e2e, checkpointed, CUDA graph",
-        "captured: end to end, compiled": "e2e, compiled, CUDA graph",
-        "captured: end to end, recomputed, compiled": "e2e, checkpointed, compiled, CUDA graph",
-        "captured: DGL": "dgl, narrow head, CUDA graph",
-        "captured: DGL, 3 streams": "dgl, narrow head, CUDA graph, 3 streams",
-        "captured: DGL, 4 blocks": "dgl, narrow head, 4 blocks, CUDA graph",
-        "captured: DGL, 4 blocks, recomputed": "dgl, narrow head, 4 blocks, checkpointed, CUDA graph",
-        "captured: DGL, 4 blocks, compiled": "dgl, narrow head, 4 blocks, compiled, CUDA graph",
-        "captured: DGL, 4 blocks, compiled, 2 streams": "dgl, narrow head, 4 blocks, compiled, CUDA graph, 2 streams",
-        "captured: DGL, 4 blocks, recomputed, compiled": (
-            "dgl, narrow head, 4 blocks, checkpointed, compiled, CUDA graph"
-        ),
-        "captured: MAN++ as published": "MAN++ activation form, CUDA graph",
-        "captured: MAN++, parameter form, unlocked": "MAN++ parameter form, unlocked, CUDA graph",
-    },
-}
-
-
-def _readme_steps(results: Results) -> list[list[str]]:
-    gpu = on_gpu(results)
-    kind = "allocated_bytes" if gpu else "saved_bytes"
-    rows = {(r["network"], r["variant"]): r for r in results.get("training", {}).get("rows", [])}
-    lines = []
-    for network in dict.fromkeys(network for network, _ in rows):
-        for what, variant in README_STEPS["gpu" if gpu else "cpu"].items():
-            if (network, variant) in rows:
-                r = rows[network, variant]
-                lines.append(_readme_step(f"{network}: {what}", r, kind, 1 if gpu else 0))
-    return lines
-
-
-def _readme_step(what: str, r: dict[str, Any], kind: str, digits: int) -> list[str]:
-    ms = f"{1e3 * r['seconds']:,.{digits}f}"
-    return [what, ms, f"{r['of_e2e']:.2f}x", mib(r[kind]), f"{r['memory_share']:.0%}"]
-
-
-# What of segmentation and detection is shown there, and how it is called.
-README_DENSE = {
-    "end to end": "e2e",
-    "end to end, recomputed": "e2e, checkpointed",
-    "DGL, 4 blocks": "dgl, narrow head",
-    "DGL, 4 blocks, recomputed": "dgl, narrow head, checkpointed",
-    "MAN++, 4 blocks": "MAN++ activation form",
-}
-
-
-def _readme_dense(results: Results) -> list[list[str]]:
-    kind = "allocated_bytes" if on_gpu(results) else "saved_bytes"
-    rows = {(r["task"], r["variant"]): r for r in results["dense"]["rows"]}
-    return [
-        _readme_step(f"{task}: {what}", r, kind, 0)
-        for task in dict.fromkeys(task for task, _ in rows)
-        for what, variant in README_DENSE.items()
-        if (r := rows.get((task, variant))) is not None
-    ]
 
 
 # Pages

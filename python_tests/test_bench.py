@@ -159,8 +159,8 @@ def test_counters_are_read_by_kernel_and_work(bench):
     assert found[0][0]["nanoseconds"] == 2000.5
     assert found[1][1]["memory_percent"] == 40
     row = {"work": "update", "size": "2", "dtypes": "fp32", "contender": "foreach", "bytes_needed": 4e6}
-    shown = counters.table([{**row, "kernels": found[1]}]).splitlines()[1].split()
-    assert shown[-8:] == ["2", "9.0", "4", "0", "36%", "36%", "36%", "36%"]
+    shown = counters.counted({**row, "kernels": found[1]})
+    assert shown == ["update, 2, fp32: foreach", "2", "9.0", "4", "0", "36%", "36%", "36%", "36%"]
 
 
 def test_training(bench, tmp_path, capsys):
@@ -288,13 +288,24 @@ def test_report_of_every_kind_of_result(bench, tmp_path):
     later["ema_scale_update"]["environment"]["date"] = "e"
     for machines in ({"a": results, "b": later}, {"a": later, "b": results}):
         assert report.readme_block(machines) == report.readme_block({"b": later})
+    fuller = {"ema_scale_update": {**results["ema_scale_update"], "rows": [row, {**row, "dtypes": "bf16"}]}}
+    for machines in ({"a": fuller, "b": later}, {"a": later, "b": fuller}):
+        assert report.readme_block(machines) == report.readme_block({"a": fuller})
 
     gpu = {**environment, "device": "cuda", "gpu": "GPU", "driver": "1", "cuda": "13"}
     floors = {"copy_gbytes_per_second": {"2": 4000.0}, "launch_us": {"eager": 2.0, "graph": 1.0}}
-    results = {"ema_scale_update": {"environment": gpu, "floors": floors, "rows": [row]}}
-    page = report.page_block({"machine": results})
+    captured = {**row, "mode": "graph", "us": 5.0}
+    results = {"ema_scale_update": {"environment": gpu, "floors": floors, "rows": [row, captured]}}
+    counts = {"nanoseconds": 4e3, "bytes_read": 2e6, "bytes_written": 1e6, "memory_percent": 80, "l2_percent": 85}
+    kernel = {"kernel": "k", **counts, "multiprocessor_percent": 7, "occupancy_percent": 50}
+    counted = {**row, "contender": "cuda plan", "bytes_needed": 3e6, "kernels": [kernel]}
+    page = report.page_block({"machine": {**results, "counters": {"environment": gpu, "rows": [counted]}}})
     assert "## GPU" in page
-    assert "| 50% | ≥ 95% | missed by 47% |" in page
+    assert "| update, 96 x 4,800, fp32: of its floor's speed | 50% | ≥ 95% | missed by 47% |" in page
+    assert "| update, 96 x 4,800, fp32, captured: of its floor's speed | 100% | ≥ 95% | met |" in page
+    assert "| update, 96 x 4,800, fp32: cuda plan | 1 | 4.0 | 3 | 3 | 80% | 85% | 7% | 50% |" in page
+    readme = report.readme_block({"machine": results})
+    assert "| EMA update, 96 x 4,800, captured | 5.00 µs | foreach lerp_: 15.0 µs | 3.0x |" in readme
     (tmp_path / "ema_scale_update.json").write_text(json.dumps(results["ema_scale_update"]))
     assert "missed: update" in report.summary(tmp_path)
 
