@@ -209,7 +209,7 @@ def _common_case(
         or (scale is None) != (bias is None)
         or (groups is not None and (scale is None or len(groups) != len(ema)))
         or not compiled_serves(ema, params, bias or (), () if scale is None else (scale,))
-        or (torch.is_grad_enabled() and any(e.requires_grad for e in ema))
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(ema))
     ):
         return False, None
     if scale is None or bias is None:
