@@ -56,6 +56,9 @@ def test_every_architecture_has_every_kernel(kernels: list[machine_code.Kernel])
 def test_no_kernel_misses_a_bar(kernels: list[machine_code.Kernel]) -> None:
     assert [f"{k.architecture} {k.name}: {k.missed}" for k in kernels if k.missed] == []
     vectorised = {k.name.split("<")[0] for k in kernels if machine_code.VECTORISED.match(k.name)}
+    of_weights = [k for k in kernels if k.name.startswith("backward_kernel<") and not k.name.endswith("void>")]
+    assert of_weights
+    assert all(machine_code.VECTORISED.match(k.name) for k in of_weights)
     assert vectorised >= {"typed_kernel", "cast_kernel", "mix_kernel", "backward_kernel", "backward_rows_kernel"}
 
 

@@ -29,7 +29,7 @@ SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 # Kernels, or specialisations of them, whose work goes through 16-byte accesses. The others look every element up: any
 # mix of dtypes, misaligned tensors, and transpositions (coalesced without).
 VECTORISED = re.compile(
-    r"^(typed_kernel|cast_kernel|mix_kernel<\w+, (Scalar|Row|Pixel|Each)>|backward_kernel<\w+(<\w+>)?, (?!void)|"
+    r"^(typed_kernel|cast_kernel|mix_kernel<\w+, (Scalar|Row|Pixel|Each)>|backward_kernel<\w+(<[^>]+>)?, (?!void)|"
     r"backward_rows_kernel<\w+, (?!1>)|backward_pixels_kernel<\w+, (?!1>))"
 )
 # Between float32 and a type of 2 bytes, four elements at a time: 16 bytes of one, 8 of the other.

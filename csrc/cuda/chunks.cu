@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <memory>
 
 #include "chunks.cuh"
 
@@ -7,9 +6,8 @@ namespace manpp::cuda {
 
 namespace {
 
-template <bool Weights>
-__global__ void write_chunks_kernel(
-    const ParameterTable<Weights> __grid_constant__ table, uint32_t chunks, Chunk* __restrict__ target) {
+template <class Table>
+__global__ void write_chunks_kernel(const Table __grid_constant__ table, uint32_t chunks, Chunk* __restrict__ target) {
   uint32_t chunk = blockIdx.x * kThreads + threadIdx.x;
   if (chunk < chunks) {
     target[chunk] = table.get(chunk);
@@ -18,7 +16,7 @@ __global__ void write_chunks_kernel(
 
 template <bool Weights>
 uint32_t write_all(const std::vector<Entry>& entries, Chunk* target, cudaStream_t stream) {
-  using Table = ParameterTable<Weights>;
+  using Table = ParameterTable<Weights, kMostTensors<Weights>>;
   auto table = std::make_unique<Table>(); // 30 KB, too much for a stack that may be a thread's
   uint32_t written = 0;
   for (size_t first = 0; first < entries.size(); first += Table::kCapacity) {
@@ -26,7 +24,7 @@ uint32_t write_all(const std::vector<Entry>& entries, Chunk* target, cudaStream_
     uint32_t chunks = fill_table(entries, first, count, *table);
     if (chunks > 0) {
       uint32_t blocks = (chunks + kThreads - 1) / kThreads;
-      launch_kernel("write_chunks", write_chunks_kernel<Weights>, blocks, stream, *table, chunks, target + written);
+      launch_kernel("write_chunks", write_chunks_kernel<Table>, blocks, stream, *table, chunks, target + written);
       written += chunks;
     }
   }

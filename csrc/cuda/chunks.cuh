@@ -2,6 +2,8 @@
 // which stretch of which tensor that is.
 #pragma once
 
+#include <memory>
+
 #include "common.cuh"
 
 namespace manpp::cuda {
@@ -31,11 +33,17 @@ struct alignas(16) Chunk {
   uint8_t unused; // set to 0, as a kernel may read it with what lies beside it
 };
 
-// Tensors as a kernel parameter (32,764 bytes at most since CUDA 12.1): no copy to the device, nothing to keep alive,
-// and a CUDA graph records it by value.
+// How many tensors fit the parameters of a launch, 32,764 bytes at most since CUDA 12.1. A launch takes longer the more
+// bytes they have, used or not (of an empty kernel on an H200's host, 32 KB 4 us more than 64 bytes, and 9 more until it
+// has run), so that short lists have a kernel of their own.
+constexpr int kFewTensors = 128;
 template <bool Weights>
+constexpr int kMostTensors = Weights ? 704 : 1216;
+
+// Tensors as a kernel parameter: no copy to the device, nothing to keep alive, and a CUDA graph records it by value.
+template <bool Weights, int Capacity>
 struct ParameterTable {
-  static constexpr int kCapacity = Weights ? 704 : 1216;
+  static constexpr int kCapacity = Capacity;
   // Every pointer is offset by nothing; `ends` counts chunks up to and with a tensor; `tail` packs the length of its
   // last chunk (13 bits and up to kChunk itself) with the three dtypes.
   void* ema[kCapacity];
@@ -79,8 +87,8 @@ struct ParameterTable {
   }
 };
 
-static_assert(sizeof(ParameterTable<false>) + sizeof(Scalars) + 64 <= 32764);
-static_assert(sizeof(ParameterTable<true>) + sizeof(Scalars) + 64 <= 32764);
+static_assert(sizeof(ParameterTable<false, kMostTensors<false>>) + sizeof(Scalars) + 64 <= 32764);
+static_assert(sizeof(ParameterTable<true, kMostTensors<true>>) + sizeof(Scalars) + 64 <= 32764);
 
 // Chunks in device memory: for a launch plan, and for more tensors than fit a parameter.
 struct DeviceTable {
@@ -98,8 +106,9 @@ uint32_t write_chunks(const std::vector<Entry>& entries, bool weights, Chunk* ta
 uint32_t count_chunks(const std::vector<Entry>& entries);
 
 // entries[first, first + count) as a parameter; returns the number of their chunks.
-template <bool Weights>
-uint32_t fill_table(const std::vector<Entry>& entries, size_t first, size_t count, ParameterTable<Weights>& table) {
+template <bool Weights, int Capacity>
+uint32_t fill_table(
+    const std::vector<Entry>& entries, size_t first, size_t count, ParameterTable<Weights, Capacity>& table) {
   uint32_t end = 0;
   for (size_t i = 0; i < count; ++i) {
     const Entry& e = entries[first + i];
@@ -121,6 +130,24 @@ uint32_t fill_table(const std::vector<Entry>& entries, size_t first, size_t coun
   table.first_tensor = static_cast<uint32_t>(first);
   table.count = static_cast<int32_t>(count);
   return end;
+}
+
+// Calls launch(table, chunks) with all entries as a parameter; false where they are too many.
+template <bool Weights, class Launch>
+bool launch_with_parameters(const std::vector<Entry>& entries, const Launch& launch) {
+  if (entries.size() <= kFewTensors) {
+    ParameterTable<Weights, kFewTensors> table;
+    uint32_t chunks = fill_table(entries, 0, entries.size(), table);
+    launch(table, chunks);
+    return true;
+  }
+  if (entries.size() <= kMostTensors<Weights>) {
+    auto table = std::make_unique<ParameterTable<Weights, kMostTensors<Weights>>>(); // too large for a thread's stack
+    uint32_t chunks = fill_table(entries, 0, entries.size(), *table);
+    launch(*table, chunks);
+    return true;
+  }
+  return false;
 }
 
 } // namespace manpp::cuda

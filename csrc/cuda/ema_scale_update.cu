@@ -2,7 +2,6 @@
 #include "ema_scale_update.h"
 
 #include <algorithm>
-#include <memory>
 #include <mutex>
 
 #include "../ema_scale_update.h"
@@ -242,17 +241,15 @@ void launch(int kernel, const Source& source, uint32_t chunks, const Scalars& sc
 template <bool Weights>
 void run_once(const std::vector<Entry>& entries, const Tensor& like, const Scalars& scalars, cudaStream_t stream) {
   int kernel = choose_kernel(entries);
-  if (entries.size() <= static_cast<size_t>(ParameterTable<Weights>::kCapacity)) {
-    auto table = std::make_unique<ParameterTable<Weights>>();
-    uint32_t chunks = fill_table(entries, 0, entries.size(), *table);
-    launch<Weights>(kernel, *table, chunks, scalars, stream);
+  auto run = [&](const auto& table, uint32_t chunks) { launch<Weights>(kernel, table, chunks, scalars, stream); };
+  if (launch_with_parameters<Weights>(entries, run)) {
     return;
   }
   uint32_t chunks = count_chunks(entries);
   Tensor buffer = scratch(like, static_cast<int64_t>(chunks) * sizeof(Chunk));
   Chunk* target = static_cast<Chunk*>(buffer.data_ptr());
   write_chunks(entries, Weights, target, stream);
-  launch<Weights>(kernel, DeviceTable{target}, chunks, scalars, stream);
+  run(DeviceTable{target}, chunks);
 }
 
 } // namespace

@@ -32,7 +32,7 @@ struct Sums {
   }
 };
 
-static_assert(sizeof(ParameterTable<true>) + sizeof(Sums) + 64 <= 32764);
+static_assert(sizeof(ParameterTable<true, kMostTensors<true>>) + sizeof(Sums) + 64 <= 32764);
 
 template <class T>
 __device__ __forceinline__ float typed_share(const Chunk& c, float scale, bool need_share) {
@@ -227,16 +227,14 @@ void run_once(const std::vector<Entry>& entries, const Tensor& scale, Sums& sums
     sums.counters = counters.counters;
   }
   DType common = common_type(entries);
-  if (entries.size() <= static_cast<size_t>(ParameterTable<true>::kCapacity)) {
-    auto parameters = std::make_unique<ParameterTable<true>>();
-    fill_table(entries, 0, entries.size(), *parameters);
-    launch(*parameters, chunks, common, scale, sums, stream);
-  } else {
-    Tensor chunk_buffer = scratch(scale, static_cast<int64_t>(chunks) * sizeof(Chunk));
-    Chunk* target = static_cast<Chunk*>(chunk_buffer.data_ptr());
-    write_chunks(entries, true, target, stream);
-    launch(DeviceTable{target}, chunks, common, scale, sums, stream);
+  auto run = [&](const auto& table, uint32_t count) { launch(table, count, common, scale, sums, stream); };
+  if (launch_with_parameters<true>(entries, run)) {
+    return;
   }
+  Tensor chunk_buffer = scratch(scale, static_cast<int64_t>(chunks) * sizeof(Chunk));
+  Chunk* target = static_cast<Chunk*>(chunk_buffer.data_ptr());
+  write_chunks(entries, true, target, stream);
+  run(DeviceTable{target}, chunks);
 }
 
 // With the gradient of scale: one launch, unless there are more groups than it takes.

@@ -23,8 +23,8 @@ EMULATION = ctypes.CDLL(os.environ["MANPP_EMULATED"])
 EMULATION.manpp_emulated_launches.restype = ctypes.c_char_p
 EMULATION.manpp_emulated_counters.restype = ctypes.c_uint64
 
-CHUNK = 4096  # csrc/cuda/chunks.cuh, as are the capacities of a table without and with effective weights
-CAPACITY, CAPACITY_WITH_WEIGHTS = 1216, 704
+CHUNK = 4096  # csrc/cuda/chunks.cuh, as are the capacities: of a short table, and without and with effective weights
+FEW, CAPACITY, CAPACITY_WITH_WEIGHTS = 128, 1216, 704
 GROUPS = 256  # csrc/cuda/ema_scale_update_backward.cu: of one launch
 COUNTERS, OWNERS = 1024, 256  # csrc/cuda/reduce.cuh and arrivals.cu: of one launch, and who may have so many
 SIZES = (1, 4, 16, 64, 256, COUNTERS)  # which launches of one owner share
@@ -116,9 +116,9 @@ def test_every_kernel(dtypes: tuple[torch.dtype, ...], misaligned: tuple[int, ..
 
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F32)], ids=str)
-def test_around_the_capacity_of_a_table(dtypes: tuple[torch.dtype, ...], weights: bool) -> None:
+def test_around_the_capacities_of_tables(dtypes: tuple[torch.dtype, ...], weights: bool) -> None:
     capacity = CAPACITY_WITH_WEIGHTS if weights else CAPACITY
-    for count in (capacity, 2 * capacity + 1):
+    for count in (FEW, FEW + 1, capacity, 2 * capacity + 1):
         # Every seventh is empty, some have several chunks, and every number is a table's first or last somewhere.
         sizes = [0 if i % 7 == 2 else 9000 if i % 501 == 0 else 1 + i % 5 for i in range(count)]
         ema = [random(n, dtypes[0], i) for i, n in enumerate(sizes)]
@@ -191,7 +191,7 @@ def effective_weights_backward(
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
-@pytest.mark.parametrize("count", [5, CAPACITY_WITH_WEIGHTS + 3])
+@pytest.mark.parametrize("count", [5, FEW, FEW + 1, CAPACITY_WITH_WEIGHTS + 3])
 def test_backward_over_many_tensors(dtype: torch.dtype, count: int) -> None:
     sizes = [0 if i % 11 == 4 else 3 * CHUNK + 5 if i % 499 == 0 else 1 + i % 6 for i in range(count)]
     scale = torch.tensor([0.25, 1.5, -0.75, 1.0, 2.0])
