@@ -21,15 +21,22 @@ namespace {
 // a call on a hundred pairs, which is an update and little else, a quarter went into taking it for each of them.
 class InterpreterLock {
  public:
-  InterpreterLock() : state_(PyGILState_Ensure()) {}
+  InterpreterLock() : taken_(Py_IsInitialized() != 0) { // a thread may outlive it
+    if (taken_) {
+      state_ = PyGILState_Ensure();
+    }
+  }
   ~InterpreterLock() {
-    PyGILState_Release(state_);
+    if (taken_) {
+      PyGILState_Release(state_);
+    }
   }
   InterpreterLock(const InterpreterLock&) = delete;
   InterpreterLock& operator=(const InterpreterLock&) = delete;
 
  private:
-  PyGILState_STATE state_;
+  bool taken_;
+  PyGILState_STATE state_{};
 };
 
 // The tensors of a list argument, owned, as the handles in which they come. At a thousand tensors a std::vector<Tensor>,

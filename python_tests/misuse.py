@@ -119,6 +119,7 @@ def negated() -> Tensor:
 with warnings.catch_warnings():  # PyTorch means to give both up
     warnings.simplefilter("ignore")
     NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    NESTED_VOLUMES = torch.nested.nested_tensor([torch.ones(2, 2, 2, 2)] * 2)
     QUANTIZED = torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8)
 SPARSE = torch.eye(2, 4).to_sparse()
 EMA_SCALE_UPDATE: dict[str, tuple[Callable[[Arguments], None], type[Exception], str]] = {
@@ -301,6 +302,7 @@ DETACH_COPY: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], s
     "x complex": ((X.cfloat(),), {}, TypeError, "complex64"),
     "x sparse": ((X.to_sparse(),), {}, TypeError, r"x .*torch\.sparse_coo"),
     "x nested": ((NESTED,), {}, TypeError, "x .*nested"),
+    "x nested, laid out": ((NESTED_VOLUMES,), {"memory_format": torch.channels_last_3d}, TypeError, "x .*nested"),
     "x quantized": ((QUANTIZED,), {}, TypeError, r"x is quantized, of torch\.qint8.*dequantize"),
     "x quantized, to be cast": ((QUANTIZED,), {"dtype": torch.float32}, TypeError, "x is quantized"),
     "x a ZeroTensor": ((torch._efficientzerotensor(2, 3), torch.zeros(2, 3)), {}, TypeError, "x is a ZeroTensor"),

@@ -189,6 +189,17 @@ def test_any_pair(target: Target, shape, dtypes, layouts) -> None:
     assert out.surroundings_untouched()
 
 
+def test_storage_that_was_freed_is_an_error(target: Target) -> None:
+    x = torch.ones(2, 3, device=target.device)
+    view = x[1:]
+    x.untyped_storage().resize_(0)
+    for t in (x, view):
+        for out in (None, torch.zeros(t.shape, device=target.device)):
+            with pytest.raises(ValueError, match="x has no memory: its storage was freed"):
+                detach_copy(t, out)
+    assert detach_copy(x[:0]).shape == (0, 3)
+
+
 def test_autograd_sees_the_write(target: Target) -> None:
     out = torch.randn(4, device=target.device)
     loss = (torch.randn(4, device=target.device, requires_grad=True) * out).sum()

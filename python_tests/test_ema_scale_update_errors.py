@@ -133,6 +133,19 @@ def test_transforms_of_torch_func_are_refused() -> None:
         torch.func.vmap(loss)(torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_torch_jit_trace_is_refused_as_it_would_lose_the_update(weights: bool) -> None:
+    ema, scale = torch.zeros(3), torch.ones(())
+
+    def update(p: torch.Tensor) -> torch.Tensor:
+        out = ema_scale_update([ema], [p], 0.5, **({"scale": scale, "bias": [p]} if weights else {}))
+        return out[0] if out else p
+
+    with pytest.warns(), pytest.raises(RuntimeError, match="trace does not record the update"):
+        torch.jit.trace(update, torch.ones(3))
+    assert not ema.any()
+
+
 def test_ema_that_requires_grad_is_fine_under_no_grad() -> None:
     arguments = valid()
     arguments["ema"][0].requires_grad_()

@@ -174,6 +174,15 @@ def test_layout_of_the_result(target: Target) -> None:
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("which", ["lb_out", "ema_out", "scale"])
+def test_storage_that_was_freed_is_an_error(target: Target, which: str) -> None:
+    inputs = {name: torch.ones(2, 4, 6, device=target.device) for name in ("lb_out", "ema_out")}
+    inputs["scale"] = torch.ones(4, device=target.device)
+    inputs[which].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{which} has no memory: its storage was freed"):
+        scale_bias_mix(**inputs)
+
+
 def test_maps_of_two_dtypes_are_promoted(target: Target) -> None:
     lb, ema = torch.randn(2, 4, 6, device=target.device).unbind()
     scale = torch.tensor(0.5, device=target.device)

@@ -250,7 +250,7 @@ def check_no_overlap(written: Iterable[Named], read: Iterable[Named]) -> None:
                 if start == 0 and type(t) not in PLAIN:
                     raise TypeError(f"{name} is a {type(t).__name__}, which has no memory; pass what it is made of")
                 if start == 0 or freed(t):
-                    raise ValueError(f"{name} has no memory: its storage was freed (by resize_(0), or by FSDP)")
+                    raise _no_memory(name)
                 spans.append((start, start + _extent(t), is_written, name, t))
     _check_apart(spans, _overlap)
 
@@ -302,6 +302,16 @@ def _check_apart(spans: list[Span], overlap: Callable[[Tensor, Tensor], bool]) -
 def freed(t: Tensor) -> bool:
     """Whether the storage of a plain tensor was freed. The address of a view of it need not be 0 then."""
     return t.numel() > 0 and type(t) in PLAIN and t.untyped_storage().nbytes() == 0
+
+
+def _no_memory(name: str) -> ValueError:
+    return ValueError(f"{name} has no memory: its storage was freed (by resize_(0), or by FSDP)")
+
+
+def check_not_freed(name: str, t: Tensor) -> None:
+    """Where nothing else looks at the memory of ``t``: kernels, PyTorch's too, would read at address 0."""
+    if _has_memory(t) and not t._is_zerotensor() and freed(t):
+        raise _no_memory(name)
 
 
 def _has_memory(t: Tensor) -> bool:

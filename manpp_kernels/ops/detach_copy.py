@@ -45,7 +45,7 @@ def detach_copy(
     Raises:
         TypeError: ``x`` or ``out`` is not a dense tensor of such a dtype; ``dtype`` or ``memory_format`` is none.
         ValueError: ``out`` does not fit ``x``, overlaps it, or comes together with ``dtype`` or ``memory_format``;
-            ``x`` has not the dimensions that ``memory_format`` needs.
+            ``x`` has not the dimensions that ``memory_format`` needs, or its storage was freed.
         RuntimeError: ``out`` requires grad.
 
         In a compiled function they are raised when it is traced: arguments of it that overlap in a later call alone,
@@ -64,6 +64,8 @@ def detach_copy(
     by_pytorch = transformed()
     if out is None:
         layout = torch.preserve_format if memory_format is None else memory_format
+        if not torch.compiler.is_compiling():
+            _checks.check_not_freed("x", x)
         if by_pytorch:
             return x.to(dtype=dtype or x.dtype, memory_format=layout, copy=True)
         new = torch.empty_like(x, dtype=dtype, memory_format=layout)
@@ -108,6 +110,7 @@ def _new_in_common_case(
     if (
         not _compiled_serves(x)
         or x.layout is not torch.strided
+        or x.is_nested
         or x.dtype not in _checks.EMA_DTYPES
         or (dtype is not None and (type(dtype) is not torch.dtype or dtype not in _checks.EMA_DTYPES))
         or (memory_format is not None and not _fits(memory_format, x))

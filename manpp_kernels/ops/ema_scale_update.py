@@ -165,7 +165,7 @@ def ema_scale_update(
             without bias or bias without scale; an ema that overlaps another tensor in memory; an unknown rounding.
         IndexError: a group out of range.
         RuntimeError: an ema that requires grad while gradients are recorded; effective weights under a transform of
-            ``torch.func`` or in forward mode.
+            ``torch.func`` or in forward mode; a call under ``torch.jit.trace``.
 
         All of them are raised before anything is written, and name the argument, the index and what was found. In a
         compiled function they are raised when it is traced: arguments of it that overlap in a later call alone, and
@@ -270,6 +270,8 @@ def check_arguments(a: Arguments) -> None:
     compiling = torch.compiler.is_compiling()
     if not compiling and any(map(torch._C._functorch.is_functorch_wrapped_tensor, (*a.ema, *a.params))):
         raise RuntimeError("a transform of torch.func sees no write in place; update the EMA outside of it")
+    if not compiling and torch._C._get_tracing_state() is not None:
+        raise RuntimeError("torch.jit.trace does not record the update; update the EMA outside, or use torch.compile")
     if a.bias is not None:
         check_no_transform(a.scale, a.bias)
     devices = {e.device for e in a.ema}

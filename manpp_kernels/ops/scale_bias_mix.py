@@ -160,7 +160,7 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
 
     Raises:
         TypeError: an argument is not a dense tensor of these dtypes, or total not a number.
-        ValueError: the shapes or devices do not fit, or total is not finite.
+        ValueError: the shapes or devices do not fit, a storage was freed, or total is not finite.
     """
     out = _mix_in_common_case(lb_out, ema_out, scale, total)
     if out is not None:
@@ -169,6 +169,8 @@ def scale_bias_mix(lb_out: Tensor, ema_out: Tensor, scale: Tensor, *, total: flo
         _checks.check_tensor(name, t)
         if t.device != lb_out.device:
             raise ValueError(f"{name} is on {t.device}, lb_out on {lb_out.device}")
+        if not torch.compiler.is_compiling():
+            _checks.check_not_freed(name, t)
     if lb_out.shape != ema_out.shape:
         raise ValueError(f"ema_out has the shape {tuple(ema_out.shape)}, lb_out {tuple(lb_out.shape)}")
     if scale.dim() == 1 and scale.numel() == 1:
