@@ -125,6 +125,12 @@ def test_variants_of_the_mix_compile(bench, tmp_path):
         variants.write_sources(tmp_path / usual, variants.constants_of(usual))
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_what_measures_launches_by_their_parameters_compiles(tmp_path):
+    command = ["nvcc", "-std=c++17", "-arch=sm_90", "-Werror=all-warnings", "-o", str(tmp_path / "parameter_sizes")]
+    subprocess.run([*command, str(BENCH / "parameter_sizes.cu")], check=True)
+
+
 def test_pieces_of_a_variant_cover_every_element(bench):
     variants = bench("ema_variants")
     inputs = bench("ema_contenders").make_inputs([(1000,), (0,), (512,), (3,)], variants.FP32, 1)
