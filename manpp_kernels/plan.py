@@ -112,10 +112,7 @@ class _TritonLaunch:
             self._stream = _stream(device)
         elif self._table is not None and (capturing or _stream(device) != self._stream):
             for t in (self._table.buffer, *self._table.keep):
-                if capturing:
-                    backends.keep_for_graphs(t)
-                else:  # or the allocator would reuse it, once the plan is gone, without regard to this stream
-                    t.record_stream(torch.cuda.current_stream(device))
+                backends.keep_while_used(t)
         value, tensor = _checks.split_momentum(momentum)
         launch(self._table, value, tensor, scale, lists.total, seed)
         return True
@@ -330,8 +327,7 @@ class EmaPlan:
             self._build(momentum, scale)
             launch = self._prepare()
         if self._seed is not None:
-            if backends.is_capturing(self.device):
-                backends.keep_for_graphs(self._seed)
+            backends.keep_while_used(self._seed)
             self._seed.random_(op.SEED_MIN, op.SEED_MAX, generator=self.generator)
         ran = launch.run(
             momentum.detach().resolve_neg() if isinstance(momentum, Tensor) else momentum,

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,52 @@ def test_compiled_operators_read_nothing_past_the_end_of_scale(call, message: st
     """Called directly, as the public functions check before."""
     with pytest.raises(RuntimeError, match=message):
         call(torch.ops.manpp_kernels, torch.ones(1, 4, 2))
+
+
+class _OnGpu:
+    """What is asked of a tensor on a second GPU."""
+
+    device, is_cuda = torch.device("cuda", 1), True
+
+    def __init__(self) -> None:
+        self.streams: list[object] = []
+
+    def record_stream(self, stream: object) -> None:
+        self.streams.append(stream)
+
+    def data_ptr(self) -> int:
+        return id(self)
+
+
+def test_memory_is_kept_for_the_stream_of_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a graph is captured is asked of the device that the memory is on, whichever is current."""
+    current, capturing = [0], {0: True, 1: False}
+
+    @contextlib.contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        current.append(of.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[current[-1]])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: f"the stream of {of}")
+    kept: dict[int, object] = {}
+    monkeypatch.setattr(backends, "_kept_for_graphs", kept)
+    t = _OnGpu()
+    assert backends.is_capturing(torch.device("cuda", 0))
+    assert not backends.is_capturing(torch.device("cpu"))
+    backends.keep_while_used(t)
+    assert (t.streams, kept) == (["the stream of cuda:1"], {})
+    capturing[1] = True
+    backends.keep_while_used(t)
+    assert (len(t.streams), list(kept.values())) == (1, [t])
+
+
+def test_a_plan_keeps_its_seed_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(backends, "keep_while_used", kept.append)
+    plan = manpp_kernels.EmaPlan(torch.zeros(3, dtype=torch.bfloat16), torch.ones(3), rounding="stochastic")
+    plan.update(0.5)
+    assert [t.dtype for t in kept] == [torch.int64]

@@ -177,6 +177,23 @@ def test_two_streams_at_once(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_seed_is_not_given_back_while_another_stream_draws_it(backend: str) -> None:
+    ema, params = torch.zeros(64, dtype=torch.bfloat16, device="cuda"), torch.ones(64, device="cuda")
+    stream = torch.cuda.Stream()
+    with manpp_kernels.use_backend(backend):
+        plan = EmaPlan(ema, params, rounding="stochastic")
+        plan.update(0.5)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            plan.update(0.5)
+        del plan
+        junk = [torch.full((), -1, dtype=torch.int64, device="cuda") for _ in range(256)]
+        torch.cuda.synchronize()
+    assert [t.item() for t in junk] == [-1] * len(junk)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_plan_may_go_while_another_stream_still_runs_its_update(backend: str) -> None:
     work, expected = Work(0), Work(0)
     ema_scale_update(expected.ema, expected.params, 0.5)

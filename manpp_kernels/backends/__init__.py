@@ -198,7 +198,12 @@ def compiled_for(t: torch.Tensor) -> bool:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on ``device`` now becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if device.index is None or device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):  # PyTorch asks the current stream of the current device
+        return torch.cuda.is_current_stream_capturing()
 
 
 _kept_for_graphs: dict[int, torch.Tensor] = {}
@@ -207,3 +212,14 @@ _kept_for_graphs: dict[int, torch.Tensor] = {}
 def keep_for_graphs(t: torch.Tensor) -> None:
     """Keep what a graph reads at every replay, for good: nothing says when a graph ends."""
     _kept_for_graphs.setdefault(t.data_ptr(), t)
+
+
+def keep_while_used(t: torch.Tensor) -> None:
+    """Keep the memory of ``t`` for what is launched on its device now, whoever lets go of ``t`` meanwhile.
+
+    The allocator would hand it out without regard to any stream but the one that it was allocated on.
+    """
+    if is_capturing(t.device):
+        keep_for_graphs(t)
+    elif t.is_cuda:
+        t.record_stream(torch.cuda.current_stream(t.device))

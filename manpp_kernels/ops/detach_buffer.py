@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manpp_kernels.backends import is_capturing
 from manpp_kernels.ops.detach_copy import check_options, check_tensor, detach_copy
 
 
@@ -25,12 +26,12 @@ class _Fence:
 
     def record(self) -> None:
         """Everything that is enqueued on the current stream so far."""
-        if self._event is not None and not torch.cuda.is_current_stream_capturing():
+        if self._event is not None and not is_capturing(self._memory.device):
             self._event.record(self._stream())
 
     def wait(self) -> None:
         """Lets the current stream wait for what was recorded; for nothing if that never happened."""
-        if self._event is not None and not torch.cuda.is_current_stream_capturing():
+        if self._event is not None and not is_capturing(self._memory.device):
             self._event.wait(self._stream())
 
     def _stream(self) -> torch.cuda.Stream:

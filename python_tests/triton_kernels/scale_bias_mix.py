@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 
 import pytest
 import torch
@@ -143,6 +144,17 @@ def test_captures_take_counters_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     ranges = sorted((x.data_ptr(), x.data_ptr() + 16) for x in found)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
     assert len(tables._reserves[device]) == 2
+
+
+def test_counters_are_none_of_this_threads_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is warmed up takes these for its own."""
+    monkeypatch.setattr(tables, "_reserves", {})
+    monkeypatch.setattr(tables, "_counters", {})
+    threads, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: threads.append(threading.get_ident()) or zeros(*a, **k))
+    tables.zero_counters(4, torch.device(DEVICE))
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
 
 
 @pytest.mark.parametrize("last", [False, True])

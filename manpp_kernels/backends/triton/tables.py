@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy
@@ -223,12 +224,26 @@ def zero_counters(count: int, device: torch.device) -> Tensor:
         _reserves[device] = reserve[count:]
         return reserve[:count]
     if device not in _reserves:
-        _reserves[device] = torch.zeros(RESERVE, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # once: graphs are replayed on any stream
+        _reserves[device] = _zeros_for_good(RESERVE, device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     counters = _counters.get((device, stream))
     if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        _counters[device, stream] = counters
+        counters = _counters[device, stream] = _zeros_for_good(max(count, 4096), device)
     return counters
+
+
+def _zeros_for_good(count: int, device: torch.device) -> Tensor:
+    """Zeros for any stream, in memory of no graph.
+
+    Made by another thread: what this one allocates goes to the pool of a graph while torch.compile warms it up (in
+    mode="reduce-overhead"), which then finds there what is none of the graph's outputs.
+    """
+
+    def make() -> Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return zeros
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
