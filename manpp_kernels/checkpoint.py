@@ -58,7 +58,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(folder)
 
 
-def check_place(path: str | os.PathLike[str]) -> None:
+def check_place(path: str | os.PathLike[str], what: str = "checkpoint") -> None:
     """Raise an OSError that says so where no file could be written to ``path``; its folder is made."""
     folder = Path(path).parent
     try:
@@ -67,7 +67,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"no checkpoint can be written to {folder} ({error.strerror or error}); choose another folder, or make "
+            f"no {what} can be written to {folder} ({error.strerror or error}); choose another folder, or make "
             "this one writable"
         ) from error
 
@@ -77,10 +77,16 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
 
     Raises:
         CheckpointError: it holds something that :func:`read` would refuse. The file is as it was.
+        OSError: it cannot be written, as on a disk that is full. The file is as it was.
     """
     plain = {part: plain_numbers(value) for part, value in state.items()}
     with atomic_path(path) as temporary:
-        torch.save({"format": _FORMAT, "version": _VERSION, **plain}, temporary)
+        try:
+            torch.save({"format": _FORMAT, "version": _VERSION, **plain}, temporary)
+        except RuntimeError as error:  # which the writer makes of what the system says
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(f"{path} cannot be written: it may be that the disk is full, or too large a file") from error
         try:
             torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)  # of tensors, the names alone
         except pickle.UnpicklingError as error:

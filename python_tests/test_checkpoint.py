@@ -301,6 +301,22 @@ def refused(trainer: LocalTrainer, path: Path, message: str) -> None:
     assert (trainer.epoch, trainer.position) == (0, 0)
 
 
+def test_a_disk_that_is_full_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")  # not on Windows
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.write(path, {"part": 1})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt.* (cannot be written|File too large)"):
+            checkpoint.write(path, {"part": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     trainer = make_trainer()
     path = tmp_path / "c.pt"

@@ -400,6 +400,11 @@ class TestBench:
         assert main(["bench", "nothing", "--quick", "--json", str(checkout / "out.json")]) == 0
         assert (checkout / "out.json").stat().st_size > 0
 
+    def test_a_place_for_results_that_is_none(self, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (checkout / "file").touch()
+        error = refused(capsys, "bench", "nothing", "--json", str(checkout / "file" / "out.json"))
+        assert "--json: no results can be written to" in error
+
     def test_unknown_name(self, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "(did you mean nothing?)" in refused(capsys, "bench", "nothin")
 

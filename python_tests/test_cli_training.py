@@ -31,6 +31,10 @@ TINY = ["--model", "resnet20", "--image-size", "8", "--limit", "64", "--test-lim
 FOUR_EPOCHS = ["train", *TINY, "--epochs", "4", "--blocks", "4"]
 
 
+class _Stop(Exception):
+    """Ends a training that has shown what a test wants to see."""
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four epochs without interruption."""
@@ -131,12 +135,12 @@ class TestTraining:
 
             def step(self: LocalTrainer, batch: Any) -> None:
                 first.append((next(self.model.parameters()).detach().clone(), batch[0]))
-                raise InterruptedError
+                raise _Stop
 
             monkeypatch.setattr(LocalTrainer, "step", step)
             words = ["--crop", "0", "--rule", "e2e", "--no-tensorboard", "--seed", str(seed)]
             torch.manual_seed(torch.seed())  # whatever was drawn before
-            with pytest.raises(InterruptedError):
+            with pytest.raises(_Stop):
                 main(["train", *TINY, *words, "--out", str(tmp_path / str(len(list(tmp_path.iterdir()))))])
             return first[0]
 
@@ -148,6 +152,9 @@ class TestTraining:
     def test_what_resume_refuses(self, finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert "--lr would change it" in refused(capsys, "train", "--resume", str(finished), "--lr", "3")
         assert "holds a run already" in refused(capsys, "train", "--out", str(finished))
+        file = finished / "summary.json"
+        for out in (file, file / "a" / "b"):
+            assert f"{file} is a file, and --out needs a folder" in refused(capsys, "train", "--out", str(out))
         other = ["--resume", str(finished), "--out", str(tmp_path)]
         assert "--out would change it" in refused(capsys, "train", *other)
         (tmp_path / "checkpoint.pt").touch()
@@ -191,7 +198,7 @@ class TestTraining:
         assert f"there is no checkpoint {folder / 'checkpoint.pt'}: start the run again with {hint}" in error
         assert main(["train", *hint.split()]) == 0
         # Now there is something to lose; without its checkpoint, too.
-        assert "holds a run already: continue it with --resume" in refused(capsys, *words)
+        assert "holds a run already: continue it with manpp train --resume" in refused(capsys, *words)
         (folder / "checkpoint.pt").unlink()
         assert "holds a finished run, whose checkpoint is gone: choose another" in refused(capsys, *words)
         (folder / "summary.json").unlink()
@@ -240,10 +247,10 @@ class TestTraining:
             decoder = self.network.blocks[0].auxiliary.decoder
             images = batch[0] * decoder.std + decoder.mean
             assert (images.min().item(), images.max().item()) == pytest.approx((0, 1), abs=1e-5)
-            raise InterruptedError
+            raise _Stop
 
         monkeypatch.setattr(LocalTrainer, "step", step)
-        with pytest.raises(InterruptedError):
+        with pytest.raises(_Stop):
             main(["train", *TINY, "--rule", "infopro", "--no-tensorboard", "--out", str(tmp_path / "run")])
 
     @pytest.mark.usefixtures("undrawn")

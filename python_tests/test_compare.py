@@ -113,6 +113,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 class TestCommand:
+    def test_a_folder_that_is_a_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").touch()
+        assert main(["compare", "--config", str(config(tmp_path)), "--out", str(tmp_path / "file")]) == 2
+        assert "error: --out: no comparison can be written to" in capsys.readouterr().err
+
     def test_files(self, done: tuple[Path, Path]) -> None:
         _, out = done
         results = json.loads((out / "comparison.json").read_text())

@@ -46,7 +46,12 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         command += ["--benchmark-min-rounds=3", "--benchmark-max-time=0.2", "--benchmark-warmup=off"]
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+        from manpp_kernels.checkpoint import check_place
+
+        try:
+            check_place(args.json, "results")
+        except OSError as error:
+            raise UserError(f"--json: {error}") from error
         command.append(f"--benchmark-json={args.json.resolve()}")
     # From the folder itself, and with this package found first: in its root Python would import the checkout's, which
     # has no compiled library where another is installed.

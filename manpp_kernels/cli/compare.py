@@ -76,6 +76,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from manpp_kernels.checkpoint import check_place
     from manpp_kernels.cli import comparison_times
     from manpp_kernels.cli.comparison import collect, markdown, write
     from manpp_kernels.cli.display import Display
@@ -91,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
     for variant, seed, settings in comparison.runs():
         _check_saved(settings, run_folder(folder, variant, seed))
     runs = _chosen(comparison, args.only or [])
+    try:
+        check_place(folder / "comparison.json", "comparison")
+    except OSError as error:
+        raise UserError(f"--out: {error}") from error
     display = Display()
     outcome = Outcome()
 

@@ -125,11 +125,13 @@ def check_folder(folder: Path) -> None:
 
     if (folder / CONFIG_NAME).exists():
         if (folder / CHECKPOINT_NAME).exists():
-            raise UserError(f"{folder} holds a run already: continue it with --resume, or choose another folder")
+            again = f"continue it with manpp train --resume {folder}"
+            raise UserError(f"{folder} holds a run already: {again}, or choose another folder")
         if (folder / SUMMARY_NAME).exists():
             raise UserError(f"{folder} holds a finished run, whose checkpoint is gone: choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, and --out needs a folder")
+    for place in (folder, *folder.parents):
+        if place.is_file():
+            raise UserError(f"{place} is a file, and --out needs a folder")
 
 
 def _saved_run(path: Path) -> tuple[Path, Path]:

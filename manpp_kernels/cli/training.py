@@ -151,7 +151,7 @@ def _train(
             )
         except torch.OutOfMemoryError as error:
             raise UserError(_NO_MEMORY) from error
-        except (DataError, BatchError) as error:
+        except (DataError, BatchError, OSError) as error:
             raise UserError(str(error)) from error
     if ranks.first:
         plot_curves({settings.trainer.rule: history}, folder / "curves.png")
