@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -176,20 +177,24 @@ def test_two_streams_at_once(backend: str) -> None:
         assert_same(results, right)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_seed_is_not_given_back_while_another_stream_draws_it(backend: str) -> None:
-    ema, params = torch.zeros(64, dtype=torch.bfloat16, device="cuda"), torch.ones(64, device="cuda")
+def leave_an_update_running(backend: str, *lists: Any, **options: Any) -> None:
+    """The second, on another stream, of a plan that is gone by then."""
     stream = torch.cuda.Stream()
     with manpp_kernels.use_backend(backend):
-        plan = EmaPlan(ema, params, rounding="stochastic")
+        plan = EmaPlan(*lists, **options)
         plan.update(0.5)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(100_000_000)
             plan.update(0.5)
-        del plan
-        junk = [torch.full((), -1, dtype=torch.int64, device="cuda") for _ in range(256)]
-        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_seed_is_not_given_back_while_another_stream_draws_it(backend: str) -> None:
+    ema, params = torch.zeros(64, dtype=torch.bfloat16, device="cuda"), torch.ones(64, device="cuda")
+    leave_an_update_running(backend, ema, params, rounding="stochastic")
+    junk = [torch.full((), -1, dtype=torch.int64, device="cuda") for _ in range(256)]
+    torch.cuda.synchronize()
     assert [t.item() for t in junk] == [-1] * len(junk)
 
 
@@ -198,18 +203,10 @@ def test_a_plan_may_go_while_another_stream_still_runs_its_update(backend: str) 
     work, expected = Work(0), Work(0)
     ema_scale_update(expected.ema, expected.params, 0.5)
     ema_scale_update(expected.ema, expected.params, 0.5)
-    stream = torch.cuda.Stream()
-    with manpp_kernels.use_backend(backend):
-        plan = EmaPlan(work.ema, work.params)
-        plan.update(0.5)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(100_000_000)
-            plan.update(0.5)
-        del plan
-        # Whatever its table took, these take now.
-        junk = [torch.full((n,), -1, dtype=torch.int64, device="cuda") for n in (64, 512, 4096) for _ in range(64)]
-        torch.cuda.synchronize()
+    leave_an_update_running(backend, work.ema, work.params)
+    # Whatever the plan's table took, these take now.
+    junk = [torch.full((n,), -1, dtype=torch.int64, device="cuda") for n in (64, 512, 4096) for _ in range(64)]
+    torch.cuda.synchronize()
     assert junk
     for a, b in zip(work.ema, expected.ema, strict=True):
         torch.testing.assert_close(a, b)
