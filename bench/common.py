@@ -10,12 +10,13 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from page import show_time, text_table
 from timing import Contender, DeviceClock, Effort, GraphClock, HostClock, Sample, race
 
 import manpp_kernels
@@ -349,25 +350,21 @@ def _row(
 # Output
 
 
-def show_time(us: float) -> str:
-    return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:,.0f}"
-
-
-def text_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Columns aligned with spaces, the first to the left and the others to the right."""
-    table = [list(head), *([str(cell) for cell in line] for line in lines)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in table
-    )
-
-
 def write_rows(path: Path | None, rows: Iterable[Row]) -> None:
     """The rows so far, where they are to be kept."""
     if path is not None:
         content = {"environment": environment(), "floors": floors()}
         write_json(path, {**content, "rows": [dataclasses.asdict(row) for row in rows]})
+
+
+def run_cases(cases: Iterable[Case], path: Path | None) -> None:
+    """Measure and show them; the rows so far are kept, where they are to be."""
+    rows: list[Row] = []
+    for case in cases:
+        rows += run_case(case)[0]
+        write_rows(path, rows)
+    print(rows_table(rows))
+    print(contenders_table(rows))
 
 
 def contenders_table(rows: Iterable[Row]) -> str:

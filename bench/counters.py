@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import DEVICE, Case, environment, text_table, write_json
+from common import DEVICE, Case, environment, write_json
 from feature_maps import LARGE
-from page import COUNTED, counted
+from page import COUNTED, counted, text_table
 
 VIT, SMALL, MANY, LONG = "ViT-B, 152 tensors", "96 x 4,800", "600 x 40,000", "YOLO-like, 1,188 tensors"
 

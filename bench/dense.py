@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, QUICK, environment, text_table, write_json
+from common import DEVICE, QUICK, environment, write_json
+from page import text_table
 from timing import quotient, step_times
 from torch import Tensor, nn
 from torchvision.models.detection import retinanet_resnet50_fpn

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from bench_ema_scale_update import FP32, ON_CUDA
-from common import DEVICE, Case, Row, contenders_table, rows_table, run_case, write_rows
+from common import DEVICE, Case, run_cases
 from ema_contenders import MOMENTUM, Inputs, headline, make_inputs, ours
 from tensors import SIZES, elements
 from timing import Call, Contender
@@ -105,15 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     if DEVICE.type != "cuda":
         print("ema_variants.py: these are kernels of a GPU, and there is none", file=sys.stderr)
         return 1
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
         library = ctypes.CDLL(str(compile_library(Path(folder), architecture)))
-        for size in ON_CUDA:
-            rows += run_case(case(library, size))[0]
-            write_rows(args.json, rows)
-    print(rows_table(rows))
-    print(contenders_table(rows))
+        run_cases((case(library, size) for size in ON_CUDA), args.json)
     return 0
 
 

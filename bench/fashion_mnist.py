@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import DEVICE, QUICK, environment, text_table, write_json
+from common import DEVICE, QUICK, environment, write_json
+from page import text_table
 
 SEED = 0
 # In the order of what is wanted most: where time runs out, the rest is left away.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, EFFORT, QUICK, environment, show_time, text_table, write_json
+from common import DEVICE, EFFORT, QUICK, environment, write_json
 from ema_contenders import (
     MOMENTUM,
     Composition,
@@ -29,6 +29,7 @@ from ema_contenders import (
     ours,
     update_peers,
 )
+from page import show_time, text_table
 from timing import Contender, Effort, LaunchClock, race
 
 import manpp_kernels

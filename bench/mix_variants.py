@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from bench_scale_bias_mix import TOTAL, Variant, make_inputs
-from common import DEVICE, ROOT, Case, Row, contenders_table, rows_table, run_case, write_rows
+from common import DEVICE, ROOT, Case, run_cases
 from feature_maps import FORMATS, LARGE, MAPS, elements
 from timing import Contender
 
@@ -117,7 +117,6 @@ def main(argv: list[str] | None = None) -> int:
     if DEVICE.type != "cuda":
         print("mix_variants.py: these are kernels of a GPU, and there is none", file=sys.stderr)
         return 1
-    rows: list[Row] = []
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
 
@@ -130,11 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         for number, (variant, library) in enumerate(zip(args.variants, libraries, strict=True)):
             operators[variant] = load(library, f"mix_variant_{number}")
         sizes = [LARGE, *(name for name in MAPS if name != LARGE)]
-        for maps in itertools.product(sizes, (torch.float32, torch.bfloat16), FORMATS, (False, True)):
-            rows += run_case(case(operators, Variant(*maps)))[0]
-            write_rows(args.json, rows)
-    print(rows_table(rows))
-    print(contenders_table(rows))
+        variants = itertools.product(sizes, (torch.float32, torch.bfloat16), FORMATS, (False, True))
+        run_cases((case(operators, Variant(*variant)) for variant in variants), args.json)
     return 0
 
 

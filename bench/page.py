@@ -26,8 +26,18 @@ def mode_of(row: dict[str, Any]) -> str:
     return "captured" if row["mode"] == "graph" else "eager"
 
 
-def time(us: float) -> str:
+def show_time(us: float) -> str:
     return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 100 else f"{us:,.0f}"
+
+
+def text_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Columns aligned with spaces, the first to the left and the others to the right."""
+    table = [list(head), *([str(cell) for cell in line] for line in lines)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in table
+    )
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import ALL_THREADS, QUICK, environment, text_table, write_json
+from common import ALL_THREADS, QUICK, environment, write_json
+from page import text_table
 from timing import quotient, step_times
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from page import Results, mib, mode_of, on_gpu, table, time, title
+from page import Results, mib, mode_of, on_gpu, show_time, table, title
 
 
 def chosen(found: dict[str, Results], gpu: bool, benchmark: str) -> Results | None:
@@ -45,7 +45,7 @@ def _operators(results: Results) -> list[str]:
         best = min(peers, key=lambda n: peers[n])
         us = peers[best]
         what = f"EMA {r['work']}, {r['size']}" + (f", {mode_of(r)}" if gpu else "")
-        lines.append([what, f"{time(r['us'])} µs", f"{best}: {time(us)} µs", f"{us / r['us']:.1f}x"])
+        lines.append([what, f"{show_time(r['us'])} µs", f"{best}: {show_time(us)} µs", f"{us / r['us']:.1f}x"])
     return [table([title(results), "`EmaPlan`", "the fastest alternative", ""], lines)] if lines else []
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from goals import Goal, fraction_of_floor, goals
-from page import COUNTED, Results, counted, mode_of, on_gpu, table, time, title
+from page import COUNTED, Results, counted, mode_of, on_gpu, show_time, table, title
 from readme_figures import readme_block
 from training_sections import dense_section, fashion_section, processes_section, training_section
 
@@ -73,11 +73,11 @@ def operator_table(rows: Sequence[dict[str, Any]], gpu: bool) -> str:
             [
                 f"{r['work']}, {r['size']}, {r['dtypes']}",
                 where(r, gpu),
-                time(r["us"]),
+                show_time(r["us"]),
                 f"{abs(r['us'] - r['again_us']) / min(r['us'], r['again_us']):.0%}",
-                time(r["floor_us"]),
+                show_time(r["floor_us"]),
                 f"{fraction_of_floor(r):.0%}",
-                f"{best}, {time(peers[best])}" if best else "",
+                f"{best}, {show_time(peers[best])}" if best else "",
                 f"{peers[best] / r['us']:.2f}x" if best else "",
             ]
         )
@@ -90,7 +90,7 @@ def contenders_table(rows: Sequence[dict[str, Any]], gpu: bool) -> str:
         [
             f"{r['work']}, {r['size']}, {r['dtypes']}, {where(r, gpu)}",
             "; ".join(
-                f"{name} {time(c['us'])}" for name, c in sorted(r["contenders"].items(), key=lambda i: i[1]["us"])
+                f"{name} {show_time(c['us'])}" for name, c in sorted(r["contenders"].items(), key=lambda i: i[1]["us"])
             ),
             "; ".join(r["left_out"]),
         ]
@@ -112,7 +112,7 @@ def host_section(results: dict[str, Any], gpu: bool) -> str:
     for work in dict.fromkeys(r["work"] for r in results["rows"]):
         rows = [r for r in results["rows"] if r["work"] == work]
         names = dict.fromkeys(name for r in rows for name in r["times"])
-        lines = [[n, *(time(r["times"][n]["us"]) if n in r["times"] else "" for r in rows)] for n in names]
+        lines = [[n, *(show_time(r["times"][n]["us"]) if n in r["times"] else "" for r in rows)] for n in names]
         parts.append(table([f"{work}, µs a call", *(f"{r['tensors']:,} tensors" for r in rows)], lines))
     return "\n\n".join(parts)
 
@@ -196,7 +196,7 @@ def summary(folder: Path) -> str:
             peers = [c["us"] for c in r["contenders"].values() if not c["ours"]]
             speed_up = f"{min(peers) / r['us']:5.2f}x" if peers else ""
             label = f"{r['work']}, {r['size']}, {r['dtypes']}, {where(r, on_gpu(results))}"
-            lines.append(f"{label:78} {time(r['us']):>8} us {fraction_of_floor(r):6.0%} of floor {speed_up}")
+            lines.append(f"{label:78} {show_time(r['us']):>8} us {fraction_of_floor(r):6.0%} of floor {speed_up}")
     for r in results.get("training", {}).get("rows", []):
         label = f"{r['network']}, {r['variant']}"
         lines.append(f"{label:78} {1e3 * r['seconds']:8.1f} ms {r['speed_up']:5.2f}x  {r['memory_share']:.1%} memory")

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from common import DEVICE, QUICK, environment, text_table, write_json
+from common import DEVICE, QUICK, environment, write_json
 from eager_man_pp import EagerManPlusPlus
+from page import text_table
 from timing import quotient, step_times
 from torch import Tensor, nn
 

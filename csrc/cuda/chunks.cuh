@@ -132,22 +132,24 @@ uint32_t fill_table(
   return end;
 }
 
-// Calls launch(table, chunks) with all entries as a parameter; false where they are too many.
+// Calls launch(table, chunks): with all entries as a parameter, or, where they are too many, in device memory.
 template <bool Weights, class Launch>
-bool launch_with_parameters(const std::vector<Entry>& entries, const Launch& launch) {
+void launch_over(const std::vector<Entry>& entries, const Tensor& like, cudaStream_t stream, const Launch& launch) {
   if (entries.size() <= kFewTensors) {
     ParameterTable<Weights, kFewTensors> table;
     uint32_t chunks = fill_table(entries, 0, entries.size(), table);
     launch(table, chunks);
-    return true;
-  }
-  if (entries.size() <= kMostTensors<Weights>) {
+  } else if (entries.size() <= kMostTensors<Weights>) {
     auto table = std::make_unique<ParameterTable<Weights, kMostTensors<Weights>>>(); // too large for a thread's stack
     uint32_t chunks = fill_table(entries, 0, entries.size(), *table);
     launch(*table, chunks);
-    return true;
+  } else {
+    uint32_t chunks = count_chunks(entries);
+    Tensor buffer = scratch(like, static_cast<int64_t>(chunks) * sizeof(Chunk));
+    Chunk* target = static_cast<Chunk*>(buffer.data_ptr());
+    write_chunks(entries, Weights, target, stream);
+    launch(DeviceTable{target}, chunks);
   }
-  return false;
 }
 
 } // namespace manpp::cuda

@@ -241,15 +241,9 @@ void launch(int kernel, const Source& source, uint32_t chunks, const Scalars& sc
 template <bool Weights>
 void run_once(const std::vector<Entry>& entries, const Tensor& like, const Scalars& scalars, cudaStream_t stream) {
   int kernel = choose_kernel(entries);
-  auto run = [&](const auto& table, uint32_t chunks) { launch<Weights>(kernel, table, chunks, scalars, stream); };
-  if (launch_with_parameters<Weights>(entries, run)) {
-    return;
-  }
-  uint32_t chunks = count_chunks(entries);
-  Tensor buffer = scratch(like, static_cast<int64_t>(chunks) * sizeof(Chunk));
-  Chunk* target = static_cast<Chunk*>(buffer.data_ptr());
-  write_chunks(entries, Weights, target, stream);
-  run(DeviceTable{target}, chunks);
+  launch_over<Weights>(entries, like, stream, [&](const auto& table, uint32_t chunks) {
+    launch<Weights>(kernel, table, chunks, scalars, stream);
+  });
 }
 
 } // namespace

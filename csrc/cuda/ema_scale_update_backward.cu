@@ -227,14 +227,9 @@ void run_once(const std::vector<Entry>& entries, const Tensor& scale, Sums& sums
     sums.counters = counters.counters;
   }
   DType common = common_type(entries);
-  auto run = [&](const auto& table, uint32_t count) { launch(table, count, common, scale, sums, stream); };
-  if (launch_with_parameters<true>(entries, run)) {
-    return;
-  }
-  Tensor chunk_buffer = scratch(scale, static_cast<int64_t>(chunks) * sizeof(Chunk));
-  Chunk* target = static_cast<Chunk*>(chunk_buffer.data_ptr());
-  write_chunks(entries, true, target, stream);
-  run(DeviceTable{target}, chunks);
+  launch_over<true>(entries, scale, stream, [&](const auto& table, uint32_t count) {
+    launch(table, count, common, scale, sums, stream);
+  });
 }
 
 // With the gradient of scale: one launch, unless there are more groups than it takes.

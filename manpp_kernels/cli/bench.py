@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import manpp_kernels
-from manpp_kernels.cli.parsing import UserError, did_you_mean
+from manpp_kernels.cli.parsing import UserError, check_writable, did_you_mean
 
 PREFIX = "bench_"
 
@@ -46,12 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         command += ["--benchmark-min-rounds=3", "--benchmark-max-time=0.2", "--benchmark-warmup=off"]
     if args.json is not None:
-        from manpp_kernels.checkpoint import check_place
-
-        try:
-            check_place(args.json, "results")
-        except OSError as error:
-            raise UserError(f"--json: {error}") from error
+        check_writable("--json", args.json, "results")
         command.append(f"--benchmark-json={args.json.resolve()}")
     # From the folder itself, and with this package found first: in its root Python would import the checkout's, which
     # has no compiled library where another is installed.

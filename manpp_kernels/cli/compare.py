@@ -13,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from manpp_kernels.cli.parsing import UserError, add_option, did_you_mean, key, options_of, read_config
+from manpp_kernels.cli.parsing import UserError, add_option, check_writable, did_you_mean, key, options_of, read_config
 from manpp_kernels.cli.settings import DataConfig, RunConfig, Settings, from_content, from_file
 from manpp_kernels.cli.train import FREE_ON_RESUME
 
@@ -76,7 +76,6 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from manpp_kernels.checkpoint import check_place
     from manpp_kernels.cli import comparison_times
     from manpp_kernels.cli.comparison import collect, markdown, write
     from manpp_kernels.cli.display import Display
@@ -92,10 +91,7 @@ def run(args: argparse.Namespace) -> int:
     for variant, seed, settings in comparison.runs():
         _check_saved(settings, run_folder(folder, variant, seed))
     runs = _chosen(comparison, args.only or [])
-    try:
-        check_place(folder / "comparison.json", "comparison")
-    except OSError as error:
-        raise UserError(f"--out: {error}") from error
+    check_writable("--out", folder / "comparison.json", "comparison")
     display = Display()
     outcome = Outcome()
 

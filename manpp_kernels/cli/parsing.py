@@ -23,6 +23,16 @@ class UserError(Exception):
     """A request that cannot be met; its message is one sentence that says why, shown without a traceback."""
 
 
+def check_writable(option: str, path: Path, what: str) -> None:
+    """Raise where no file can be written to the path that an option names; its folder is made."""
+    from manpp_kernels.checkpoint import check_place
+
+    try:
+        check_place(path, what)
+    except OSError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are exceptions, and which takes no abbreviated options."""
 
